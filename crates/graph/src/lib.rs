@@ -1,0 +1,1 @@
+//! The intermediate representation, shape inference, costs and passes.

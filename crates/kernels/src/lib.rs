@@ -1,0 +1,1 @@
+//! Compute on slices that the caller owns.
