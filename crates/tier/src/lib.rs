@@ -1,0 +1,16 @@
+//! Stores of bytes that are slower or larger than memory.
+//!
+//! ```
+//! use lightering_tier::ByteSource;
+//! let store = vec![1u8, 2, 3, 4];
+//! let mut window = [0u8; 2];
+//! store.read_at(1, &mut window).unwrap();
+//! assert_eq!(window, [2, 3]);
+//! ```
+//!
+//! Invariants: this crate knows nothing of graphs, tensors or file formats; it moves ranges of bytes.
+#![deny(unsafe_code)]
+
+mod source;
+
+pub use source::{ByteSource, FileSource};
