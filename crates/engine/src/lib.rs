@@ -1,1 +1,10 @@
-//! The planner and the executor.
+//! The planner and the executor: where every byte of a graph lives, when it moves, and the walk that does it.
+//!
+//! Invariants: knows no file formats and no command line; takes weights through
+//! [`ByteSource`](lightering_tier::ByteSource) and asks the memory pool before it allocates.
+#![forbid(unsafe_code)]
+
+pub mod ops;
+mod value;
+
+pub use value::RuntimeValue;
