@@ -8,9 +8,11 @@
 //! assert_eq!(window, [2, 3]);
 //! ```
 //!
-//! Invariants: this crate knows nothing of graphs, tensors or file formats; it moves ranges of bytes.
-#![deny(unsafe_code)]
+//! Invariants: this crate knows nothing of graphs, tensors or file formats; it moves ranges of bytes. Its only
+//! unsafe code is the arena.
 
+mod arena;
 mod source;
 
+pub use arena::{ARENA_ALIGNMENT, Arena, ArenaConflict, ArenaRead, ArenaWrite};
 pub use source::{ByteSource, FileSource};
