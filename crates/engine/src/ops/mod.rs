@@ -2,8 +2,153 @@
 //!
 //! Two doors: [`compute`] for operators whose result types are known before they run (the caller has allocated
 //! the results, from the plan's arena or from the counted heap), and [`compute_dynamic`] for the rest (sequences,
-//! optionals, text, control flow, `NonZero` and the like), which returns fresh values.
+//! optionals, text, control flow, `NonZero` and the like), which returns fresh values. [`is_dynamic`] says which.
 
+mod context;
 mod view;
 
+pub use context::OpContext;
 pub use view::{OpError, TensorView, TensorViewMut};
+
+use lightering_graph::{DType, Op, TensorType, ValueType};
+use lightering_units::Bytes;
+
+use crate::RuntimeValue;
+
+/// Computes `op` into results that the caller has allocated with the types that shape inference gave.
+///
+/// `workspace` has at least [`workspace_bytes`] bytes and starts at a multiple of 8; its content is arbitrary
+/// before and after. A result that nobody wants is `None`.
+///
+/// # Errors
+/// [`OpError::Invalid`] when the operands contradict the operator, [`OpError::Unsupported`] when there is no
+/// kernel for these types or attributes.
+pub fn compute(
+    op: &Op,
+    inputs: &[Option<TensorView>],
+    outputs: &mut [Option<TensorViewMut>],
+    workspace: &mut [u8],
+    context: &OpContext,
+) -> Result<(), OpError> {
+    let _ = (inputs, outputs, workspace, context);
+    match op {
+        // Recurrent layers, attention, quantisation, losses, random numbers, signals, classical machine learning.
+        Op::Attention(_) | Op::RotaryEmbedding { .. } => Err(no_kernel(op)),
+        Op::Rnn(_) | Op::Lstm(_) | Op::Gru(_) => Err(no_kernel(op)),
+        Op::QuantizeLinear(_) | Op::DequantizeLinear(_) | Op::DynamicQuantizeLinear => Err(no_kernel(op)),
+        Op::MatMulInteger | Op::QLinearMatMul | Op::ConvInteger(_) | Op::QLinearConv(_) => Err(no_kernel(op)),
+        Op::NllLoss(_) | Op::SoftmaxCrossEntropyLoss(_) => Err(no_kernel(op)),
+        Op::Random(_) | Op::Bernoulli { .. } | Op::Multinomial { .. } | Op::Dropout { .. } => {
+            Err(no_kernel(op))
+        }
+        Op::Dft { .. } | Op::Stft { .. } | Op::MelWeightMatrix { .. } | Op::Window { .. } => {
+            Err(no_kernel(op))
+        }
+        Op::TfIdfVectorizer(_) => Err(no_kernel(op)),
+        Op::Ml(_) => Err(no_kernel(op)),
+        _ => Err(no_kernel(op)),
+    }
+}
+
+/// Scratch bytes that [`compute`] needs for these types; 0 for most operators.
+pub fn workspace_bytes(
+    op: &Op,
+    inputs: &[Option<&TensorType>],
+    outputs: &[Option<&TensorType>],
+    threads: usize,
+) -> Bytes {
+    let _ = (inputs, outputs, threads);
+    match op {
+        Op::Attention(_) | Op::RotaryEmbedding { .. } => Bytes::ZERO,
+        Op::Rnn(_) | Op::Lstm(_) | Op::Gru(_) => Bytes::ZERO,
+        Op::MatMulInteger | Op::QLinearMatMul | Op::ConvInteger(_) | Op::QLinearConv(_) => Bytes::ZERO,
+        Op::NllLoss(_) | Op::SoftmaxCrossEntropyLoss(_) => Bytes::ZERO,
+        Op::Dft { .. } | Op::Stft { .. } => Bytes::ZERO,
+        _ => Bytes::ZERO,
+    }
+}
+
+/// Computes an operator whose results live outside the arena; see [`is_dynamic`].
+///
+/// Returns one entry per entry of `outputs_wanted`, `None` where nobody wants the result.
+///
+/// # Errors
+/// As [`compute`], and [`OpError::Budget`] when the counted heap refuses.
+pub fn compute_dynamic(
+    op: &Op,
+    inputs: &[Option<&RuntimeValue>],
+    outputs_wanted: &[bool],
+    context: &OpContext,
+) -> Result<Vec<Option<RuntimeValue>>, OpError> {
+    let _ = (inputs, outputs_wanted, context);
+    match op {
+        Op::If { .. } | Op::Loop { .. } | Op::Scan { .. } | Op::SequenceMap { .. } => Err(no_kernel(op)),
+        Op::SequenceConstruct
+        | Op::SequenceEmpty { .. }
+        | Op::SequenceAt
+        | Op::SequenceErase
+        | Op::SequenceInsert
+        | Op::SequenceLength
+        | Op::ConcatFromSequence { .. }
+        | Op::SplitToSequence { .. } => Err(no_kernel(op)),
+        Op::OptionalConstruct { .. } | Op::OptionalGetElement | Op::OptionalHasElement => Err(no_kernel(op)),
+        Op::NonMaxSuppression { .. } => Err(no_kernel(op)),
+        Op::StringNormalizer(_)
+        | Op::StringConcat
+        | Op::StringSplit { .. }
+        | Op::RegexFullMatch { .. }
+        | Op::TfIdfVectorizer(_) => Err(no_kernel(op)),
+        Op::ImageDecode { .. } => Err(no_kernel(op)),
+        Op::Ml(_) => Err(no_kernel(op)),
+        _ => Err(no_kernel(op)),
+    }
+}
+
+/// Whether `op` goes through [`compute_dynamic`]: a result or operand is no plain tensor of numbers, or the size
+/// of a result depends on the content of an operand that is not a shape.
+///
+/// Operators whose result size depends on an operand that *is* a shape (`Reshape`, `Range`, `Tile` …) are not
+/// dynamic here; whoever runs them with an operand that is not a constant infers the result at run time.
+pub fn is_dynamic(op: &Op, inputs: &[Option<&ValueType>]) -> bool {
+    let always = matches!(
+        op,
+        Op::If { .. }
+            | Op::Loop { .. }
+            | Op::Scan { .. }
+            | Op::SequenceMap { .. }
+            | Op::SequenceConstruct
+            | Op::SequenceEmpty { .. }
+            | Op::SequenceAt
+            | Op::SequenceErase
+            | Op::SequenceInsert
+            | Op::SequenceLength
+            | Op::ConcatFromSequence { .. }
+            | Op::SplitToSequence { .. }
+            | Op::OptionalConstruct { .. }
+            | Op::OptionalGetElement
+            | Op::OptionalHasElement
+            | Op::NonZero
+            | Op::Compress { .. }
+            | Op::Unique { .. }
+            | Op::NonMaxSuppression { .. }
+            | Op::StringNormalizer(_)
+            | Op::StringConcat
+            | Op::StringSplit { .. }
+            | Op::RegexFullMatch { .. }
+            | Op::ImageDecode { .. }
+            | Op::Cast { to: DType::String, .. }
+    );
+    always
+        || ml_is_dynamic(op)
+        || inputs.iter().flatten().any(|ty| !matches!(ty, ValueType::Tensor(t) if t.dtype != DType::String))
+}
+
+/// ML operators may yield text or maps from numbers.
+fn ml_is_dynamic(op: &Op) -> bool {
+    matches!(op, Op::Ml(_))
+}
+
+/// The error for an operator that has no kernel here.
+fn no_kernel(op: &Op) -> OpError {
+    OpError::Unsupported(format!("operator {}", op.name()))
+}
