@@ -243,8 +243,10 @@ pub enum Op {
     },
 
     // ---- linear algebra ----
-    /// `(a, b, bias?, residual?)`: batched matrix product with NumPy broadcasting of the leading dimensions, then
-    /// `activation(alpha·a·b + bias + residual)`. The bias broadcasts over rows.
+    /// `(a, b, bias?, residual?, weight_scale?)`: batched matrix product with NumPy broadcasting of the leading
+    /// dimensions, then `activation(alpha·a·(b·weight_scale) + bias + residual)`. The bias `[n]` broadcasts over rows;
+    /// the residual has the shape of the result. `weight_scale` `[n]` multiplies the columns of the product, which
+    /// is done best while `b` is packed; fusion makes it where `b` is a stored weight that it must not touch.
     MatMul(MatMulAttributes),
     /// `(a, b, c?)`: `alpha·a'·b' + beta·c` for matrices.
     Gemm(GemmAttributes),
@@ -257,13 +259,19 @@ pub enum Op {
     Det,
     /// `(a, b, a_zero?, b_zero?)`: 8-bit operands, i32 result.
     MatMulInteger,
-    /// `(a, a_scale, a_zero, b, b_scale, b_zero, y_scale, y_zero)`.
-    QLinearMatMul,
+    /// `(a, a_scale, a_zero, b, b_scale, b_zero, y_scale, y_zero, bias?)`: the bias is i32 in units of
+    /// `a_scale·b_scale`, `[n]`. Of the attributes, `alpha` is 1 and the activation is one that limits the range: it
+    /// applies to the real result before this is quantised.
+    QLinearMatMul(MatMulAttributes),
 
     // ---- convolution and pooling ----
-    /// `(x, w, bias?, residual?)`: w is `[out, in/groups, kernel…]`.
+    /// `(x, w, bias?, residual?, weight_scale?)`: w is `[out, in/groups, kernel…]`;
+    /// `activation(x∗(w·weight_scale) + bias + residual)`. The residual has the shape of the result. `weight_scale`
+    /// `[out]` multiplies the weights of each output channel, which is done best while they are packed; fusion makes
+    /// it of a batch normalisation whose convolution has stored weights, which it must not touch.
     Conv(ConvAttributes),
-    /// `(x, w, bias?)`: w is `[in, out/groups, kernel…]`.
+    /// `(x, w, bias?, residual?, weight_scale?)`: w is `[in, out/groups, kernel…]`; the rest as for
+    /// [`Conv`](Self::Conv).
     ConvTranspose(ConvTransposeAttributes),
     /// `(x, w, offset, bias?, mask?)`.
     DeformConv {
@@ -274,7 +282,9 @@ pub enum Op {
     },
     /// `(x, w, x_zero?, w_zero?)`: 8-bit operands, i32 result.
     ConvInteger(ConvAttributes),
-    /// `(x, x_scale, x_zero, w, w_scale, w_zero, y_scale, y_zero, bias?)`.
+    /// `(x, x_scale, x_zero, w, w_scale, w_zero, y_scale, y_zero, bias?)`: the bias is i32 in units of
+    /// `x_scale·w_scale`. An activation is one that limits the range ([`UnaryOp::Relu`], [`UnaryOp::ClipTo`]); it
+    /// applies to the real result before this is quantised.
     QLinearConv(ConvAttributes),
     /// `(x, image_shape, block_shape)`.
     Col2Im {
@@ -743,6 +753,20 @@ pub enum Op {
     DequantizeLinear(QuantizeAttributes),
     /// `(x)`; outputs `(y, scale, zero)`.
     DynamicQuantizeLinear,
+    /// `(x, x_scale, x_zero, y_scale, y_zero)`: `quantize(op(dequantize(x)))` of 8-bit elements, which is a table of
+    /// 256 entries. [`UnaryOp::Identity`] changes the scale. Made by fusion.
+    QLinearUnary(UnaryOp),
+    /// `(a, a_scale, a_zero, b, b_scale, b_zero, y_scale, y_zero)`:
+    /// `quantize(activation(op(dequantize(a), dequantize(b))))` of 8-bit elements with broadcasting. Made by fusion.
+    QLinearBinary {
+        /// Only arithmetic ones.
+        op: BinaryOp,
+        /// One that limits the range; applies to the real result before this is quantised.
+        activation: Option<Activation>,
+    },
+    /// `(x, x_scale, x_zero, y_scale, y_zero)`: average pooling of 8-bit elements, rounded once at the end. Made by
+    /// fusion; a global pool is one whose window is the whole picture.
+    QLinearPool(PoolAttributes),
 
     // ---- losses ----
     /// `(log_probabilities, target, weight?)`.
@@ -820,12 +844,11 @@ impl Op {
             Op::Variadic(_) | Op::Concat { .. } | Op::Einsum { .. } | Op::Elementwise(_) => (1, MANY),
             Op::Where => (3, 3),
             Op::Clip | Op::Dropout { .. } => (1, 3),
-            Op::MatMul(_) => (2, 4),
+            Op::MatMul(_) => (2, 5),
             Op::Gemm(_) => (2, 3),
             Op::MatMulInteger => (2, 4),
-            Op::QLinearMatMul => (8, 8),
-            Op::Conv(_) => (2, 4),
-            Op::ConvTranspose(_) => (2, 3),
+            Op::QLinearMatMul(_) => (8, 9),
+            Op::Conv(_) | Op::ConvTranspose(_) => (2, 5),
             Op::DeformConv { .. } => (3, 5),
             Op::ConvInteger(_) => (2, 4),
             Op::QLinearConv(_) => (8, 9),
@@ -887,6 +910,8 @@ impl Op {
             Op::OptionalGetElement => (1, 1),
             Op::QuantizeLinear(_) | Op::DequantizeLinear(_) => (2, 3),
             Op::DynamicQuantizeLinear => (1, 1),
+            Op::QLinearUnary(_) | Op::QLinearPool(_) => (5, 5),
+            Op::QLinearBinary { .. } => (8, 8),
             Op::NllLoss(_) | Op::SoftmaxCrossEntropyLoss(_) => (2, 3),
             Op::StringNormalizer(_)
             | Op::StringSplit { .. }
@@ -926,7 +951,10 @@ impl Op {
     pub fn activation(&self) -> Option<&Option<Activation>> {
         match self {
             Op::Conv(a) => Some(&a.activation),
-            Op::MatMul(a) => Some(&a.activation),
+            Op::MatMul(a) | Op::QLinearMatMul(a) => Some(&a.activation),
+            Op::ConvTranspose(a) => Some(&a.conv.activation),
+            Op::QLinearConv(a) => Some(&a.activation),
+            Op::QLinearBinary { activation, .. } => Some(activation),
             _ => None,
         }
     }

@@ -1,6 +1,6 @@
 //! Rewrites of a graph into an equal, better graph.
 
-use crate::{Graph, GraphError, Node, Tensor};
+use crate::{Graph, GraphError, Node, StoredTensor, Tensor, TensorType};
 
 /// Computes a node whose operands are all known. The executor implements it; passes use it to fold constants.
 pub trait Evaluate {
@@ -10,6 +10,16 @@ pub trait Evaluate {
     /// # Errors
     /// When the operands contradict the operator.
     fn evaluate(&self, node: &Node, inputs: &[Option<&Tensor>]) -> Result<Option<Vec<Tensor>>, GraphError>;
+
+    /// Reads a stored constant, or `None` when its store is not at hand. Passes ask only for vectors of one element
+    /// per channel (statistics of a normalisation, scales, biases), never for weights.
+    ///
+    /// # Errors
+    /// When the store cannot be read.
+    fn load(&self, stored: &StoredTensor, ty: &TensorType) -> Result<Option<Tensor>, GraphError> {
+        let _ = (stored, ty);
+        Ok(None)
+    }
 }
 
 /// A rewrite with a name that shows in `lighter plan --passes`.
