@@ -36,7 +36,10 @@ pub fn compute(
         Op::Attention(_) | Op::RotaryEmbedding { .. } => Err(no_kernel(op)),
         Op::Rnn(_) | Op::Lstm(_) | Op::Gru(_) => Err(no_kernel(op)),
         Op::QuantizeLinear(_) | Op::DequantizeLinear(_) | Op::DynamicQuantizeLinear => Err(no_kernel(op)),
-        Op::MatMulInteger | Op::QLinearMatMul | Op::ConvInteger(_) | Op::QLinearConv(_) => Err(no_kernel(op)),
+        Op::MatMulInteger | Op::QLinearMatMul(_) | Op::ConvInteger(_) | Op::QLinearConv(_) => {
+            Err(no_kernel(op))
+        }
+        Op::QLinearUnary(_) | Op::QLinearBinary { .. } | Op::QLinearPool(_) => Err(no_kernel(op)),
         Op::NllLoss(_) | Op::SoftmaxCrossEntropyLoss(_) => Err(no_kernel(op)),
         Op::Random(_) | Op::Bernoulli { .. } | Op::Multinomial { .. } | Op::Dropout { .. } => {
             Err(no_kernel(op))
@@ -61,7 +64,8 @@ pub fn workspace_bytes(
     match op {
         Op::Attention(_) | Op::RotaryEmbedding { .. } => Bytes::ZERO,
         Op::Rnn(_) | Op::Lstm(_) | Op::Gru(_) => Bytes::ZERO,
-        Op::MatMulInteger | Op::QLinearMatMul | Op::ConvInteger(_) | Op::QLinearConv(_) => Bytes::ZERO,
+        Op::MatMulInteger | Op::QLinearMatMul(_) | Op::ConvInteger(_) | Op::QLinearConv(_) => Bytes::ZERO,
+        Op::QLinearUnary(_) | Op::QLinearBinary { .. } | Op::QLinearPool(_) => Bytes::ZERO,
         Op::NllLoss(_) | Op::SoftmaxCrossEntropyLoss(_) => Bytes::ZERO,
         Op::Dft { .. } | Op::Stft { .. } => Bytes::ZERO,
         _ => Bytes::ZERO,
