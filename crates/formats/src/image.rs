@@ -5,8 +5,8 @@
 //! let picture = Picture::from_rgb(2, 2, vec![255; 12]).unwrap();
 //! let how: Preprocess = "resize=4,mean=127.5,std=127.5,layout=nchw".parse().unwrap();
 //! let prepared = how.apply(&picture).unwrap();
-//! assert_eq!(prepared.tensor.shape(), [1, 3, 4, 4]);
-//! assert!(prepared.tensor.to_vec::<f32>().unwrap().iter().all(|v| *v == 1.0));
+//! assert_eq!(prepared.tensor.dims(), [1, 3, 4, 4]);
+//! assert!(prepared.tensor.as_slice::<f32>().iter().all(|v| *v == 1.0));
 //! ```
 
 use std::fmt;
@@ -15,7 +15,9 @@ use std::str::FromStr;
 
 use ::image::{ImageDecoder, ImageReader, metadata::Orientation};
 
-use crate::{Error, HostTensor, Result};
+use lightering_graph::Tensor;
+
+use crate::{Error, Result};
 
 /// Most pixels of a picture that is decoded, and of one that is made by resizing.
 pub const MAX_PIXELS: u64 = 64 << 20;
@@ -220,7 +222,7 @@ impl Default for Preprocess {
 #[derive(Clone, Debug, PartialEq)]
 pub struct Prepared {
     /// The model's input.
-    pub tensor: HostTensor,
+    pub tensor: Tensor,
     /// Pixels of the result per pixel of the original: horizontally, vertically.
     pub scale: (f32, f32),
     /// Where the original's corner lies in the result; negative if it was cut off.
@@ -452,7 +454,7 @@ impl Preprocess {
         Ok(Prepared { tensor: self.pack(&plane)?, scale, offset })
     }
 
-    fn pack(&self, plane: &Plane) -> Result<HostTensor> {
+    fn pack(&self, plane: &Plane) -> Result<Tensor> {
         let (height, width) = (plane.height, plane.width);
         let pixels = height * width;
         let channel_count = if self.order == Order::Gray { 1 } else { 3 };
@@ -476,11 +478,11 @@ impl Preprocess {
             Layout::Hwc => &[height, width, channel_count],
         };
         match self.dtype {
-            Output::F32 => HostTensor::from_slice(shape, &values),
+            Output::F32 => Ok(Tensor::from_slice(shape, &values)),
             Output::U8 => {
                 let bytes: Vec<u8> =
                     values.iter().map(|v| v.round_ties_even().clamp(0.0, 255.0) as u8).collect();
-                HostTensor::from_slice(shape, &bytes)
+                Ok(Tensor::from_slice(shape, &bytes))
             }
         }
     }
@@ -673,7 +675,7 @@ mod tests {
         let picture = Picture::from_rgb(1, 1, vec![255, 128, 0]).unwrap();
         let check = |how: &str, expected: &[f32]| {
             let tensor = how.parse::<Preprocess>().unwrap().apply(&picture).unwrap().tensor;
-            assert_eq!(tensor.to_vec::<f32>().unwrap(), expected, "{how}");
+            assert_eq!(tensor.as_slice::<f32>(), expected, "{how}");
         };
         check("layout=nchw", &[255.0, 128.0, 0.0]);
         check("order=bgr", &[0.0, 128.0, 255.0]);
@@ -685,12 +687,14 @@ mod tests {
     fn a_2_to_1_shrink_is_an_average_with_antialias() {
         let picture = Picture::from_rgb(4, 1, [[0u8; 3], [100; 3], [100; 3], [200; 3]].concat()).unwrap();
         let how: Preprocess = "resize=2x1,order=gray,antialias=on".parse().unwrap();
-        let values = how.apply(&picture).unwrap().tensor.to_vec::<f32>().unwrap();
+        let tensor = how.apply(&picture).unwrap().tensor;
+        let values = tensor.as_slice::<f32>();
         // Weights 3/8, 3/8, 1/8 of the triangle filter, made to add up to one.
         let expected = (3.0 * 0.0 + 3.0 * 100.0 + 100.0) / 7.0;
         assert!((values[0] - expected).abs() < 1e-3, "{values:?}");
         let how: Preprocess = "resize=2x1,order=gray,antialias=off".parse().unwrap();
-        let values = how.apply(&picture).unwrap().tensor.to_vec::<f32>().unwrap();
+        let tensor = how.apply(&picture).unwrap().tensor;
+        let values = tensor.as_slice::<f32>();
         assert!((values[0] - 50.0).abs() < 1e-3 && (values[1] - 150.0).abs() < 1e-3, "{values:?}");
     }
 
@@ -699,8 +703,8 @@ mod tests {
         let picture = gradient(40, 20);
         let how: Preprocess = "resize=20,fit=letterbox,pad=7,layout=hwc".parse().unwrap();
         let prepared = how.apply(&picture).unwrap();
-        let values = prepared.tensor.to_vec::<f32>().unwrap();
-        assert_eq!(prepared.tensor.shape(), [20, 20, 3]);
+        let values = prepared.tensor.as_slice::<f32>();
+        assert_eq!(prepared.tensor.dims(), [20, 20, 3]);
         assert!(values[..5 * 60].iter().all(|v| *v == 7.0) && values[15 * 60..].iter().all(|v| *v == 7.0));
         assert_eq!((prepared.scale, prepared.offset), ((0.5, 0.5), (0.0, 5.0)));
         assert_eq!(prepared.to_original(20.0, 15.0), (40.0, 20.0));
@@ -712,7 +716,7 @@ mod tests {
     fn short_and_crop() {
         let how: Preprocess = "short=10,crop=8,dtype=u8,layout=nhwc".parse().unwrap();
         let prepared = how.apply(&gradient(40, 20)).unwrap();
-        assert_eq!(prepared.tensor.shape(), [1, 8, 8, 3]);
+        assert_eq!(prepared.tensor.dims(), [1, 8, 8, 3]);
         assert_eq!(prepared.offset, (-6.0, -1.0));
     }
 
@@ -742,7 +746,8 @@ mod tests {
             let picture = Picture::from_rgb(w, h, vec![v; (w * h * 3) as usize]).unwrap();
             let anti = if anti { "on" } else { "off" };
             let how: Preprocess = format!("resize={ow}x{oh},filter={filter},antialias={anti}").parse().unwrap();
-            let values = how.apply(&picture).unwrap().tensor.to_vec::<f32>().unwrap();
+            let tensor = how.apply(&picture).unwrap().tensor;
+            let values = tensor.as_slice::<f32>();
             prop_assert!(values.iter().all(|x| (x - f32::from(v)).abs() < 1e-2), "{:?}", values);
         }
 

@@ -4,8 +4,9 @@
 //! and whatever is wrong ends in an [`Error`] that says where and what was expected.
 //!
 //! ```
-//! use lightering_formats::{HostTensor, npy};
-//! let tensor = HostTensor::from_slice(&[2, 2], &[1.0f32, 2.0, 3.0, 4.0]).unwrap();
+//! use lightering_formats::npy;
+//! use lightering_graph::Tensor;
+//! let tensor = Tensor::from_slice(&[2, 2], &[1.0f32, 2.0, 3.0, 4.0]);
 //! let mut file = Vec::new();
 //! npy::write(&tensor, &mut file).unwrap();
 //! assert_eq!(npy::read(&mut &file[..]).unwrap(), tensor);
@@ -23,4 +24,4 @@ pub mod protobuf;
 mod tensor;
 
 pub use error::{Error, Result};
-pub use tensor::{HostTensor, MAX_TENSOR_BYTES, TensorValues, Value};
+pub use tensor::{HostValue, MAX_TENSOR_BYTES};

@@ -6,10 +6,10 @@
 
 use std::io::{Read, Seek, Write};
 
-use lightering_units::DType;
+use lightering_graph::{DType, Tensor};
 
-use crate::tensor::checked_size;
-use crate::{Error, HostTensor, Result, TensorValues};
+use crate::tensor::{checked_size, from_bytes};
+use crate::{Error, Result};
 
 const MAGIC: &[u8; 6] = b"\x93NUMPY";
 /// Longest header that is read.
@@ -43,16 +43,16 @@ struct Header {
 }
 
 /// Reads an array.
-pub fn read(input: &mut dyn Read) -> Result<HostTensor> {
+pub fn read(input: &mut dyn Read) -> Result<Tensor> {
     read_as(input, None)
 }
 
 /// Reads an array; one of raw bytes is taken to hold elements of type `opaque`.
-pub fn read_as(input: &mut dyn Read, opaque: Option<DType>) -> Result<HostTensor> {
+pub fn read_as(input: &mut dyn Read, opaque: Option<DType>) -> Result<Tensor> {
     read_limited(input, opaque, MAX_ARCHIVE_BYTES)
 }
 
-fn read_limited(input: &mut dyn Read, opaque: Option<DType>, limit: u64) -> Result<HostTensor> {
+fn read_limited(input: &mut dyn Read, opaque: Option<DType>, limit: u64) -> Result<Tensor> {
     let header = read_header(input)?;
     let (dtype, width) = match header.kind {
         Kind::Plain(dtype) => (dtype, dtype.size_bytes()),
@@ -109,12 +109,12 @@ fn read_limited(input: &mut dyn Read, opaque: Option<DType>, limit: u64) -> Resu
         } else {
             bytes.chunks_exact(width).map(|c| text_of(c, header.kind)).collect::<Result<_>>()?
         };
-        return HostTensor::from_strings(&header.shape, strings);
+        return Ok(Tensor::from_strings(&header.shape, strings));
     }
     if dtype == DType::Bool {
         bytes.iter_mut().for_each(|b| *b = u8::from(*b != 0));
     }
-    HostTensor::from_bytes(dtype, &header.shape, bytes)
+    from_bytes("npy data", dtype, &header.shape, &bytes)
 }
 
 fn text_of(bytes: &[u8], kind: Kind) -> Result<String> {
@@ -345,7 +345,7 @@ fn parse_descr(descr: &str) -> Result<(Kind, bool)> {
     Ok((kind, big_endian))
 }
 
-fn descr_of(tensor: &HostTensor) -> String {
+fn descr_of(tensor: &Tensor) -> String {
     match tensor.dtype() {
         DType::F16 => "<f2".into(),
         DType::F32 => "<f4".into(),
@@ -373,13 +373,13 @@ fn descr_of(tensor: &HostTensor) -> String {
     }
 }
 
-fn longest(tensor: &HostTensor) -> usize {
-    tensor.strings().unwrap_or(&[]).iter().map(|s| s.chars().count()).max().unwrap_or(0).max(1)
+fn longest(tensor: &Tensor) -> usize {
+    tensor.as_strings().iter().map(|s| s.chars().count()).max().unwrap_or(0).max(1)
 }
 
 /// Writes an array, version 1, row-major, little-endian.
-pub fn write(tensor: &HostTensor, out: &mut dyn Write) -> Result<()> {
-    let dims: Vec<String> = tensor.shape().iter().map(ToString::to_string).collect();
+pub fn write(tensor: &Tensor, out: &mut dyn Write) -> Result<()> {
+    let dims: Vec<String> = tensor.dims().iter().map(ToString::to_string).collect();
     let shape = match dims.as_slice() {
         [one] => format!("({one},)"),
         _ => format!("({})", dims.join(", ")),
@@ -398,18 +398,16 @@ pub fn write(tensor: &HostTensor, out: &mut dyn Write) -> Result<()> {
     start.extend(header.as_bytes());
     let failed = |e| Error::io("npy output", e);
     out.write_all(&start).map_err(failed)?;
-    match tensor.values() {
-        TensorValues::Bytes(bytes) => out.write_all(bytes).map_err(failed),
-        TensorValues::Strings(strings) => {
-            let width = longest(tensor);
-            for text in strings {
-                let mut cell: Vec<u8> = text.chars().flat_map(|c| u32::from(c).to_le_bytes()).collect();
-                cell.resize(width * 4, 0);
-                out.write_all(&cell).map_err(failed)?;
-            }
-            Ok(())
-        }
+    if tensor.dtype() != DType::String {
+        return out.write_all(tensor.as_bytes()).map_err(failed);
     }
+    let width = longest(tensor);
+    for text in tensor.as_strings() {
+        let mut cell: Vec<u8> = text.chars().flat_map(|c| u32::from(c).to_le_bytes()).collect();
+        cell.resize(width * 4, 0);
+        out.write_all(&cell).map_err(failed)?;
+    }
+    Ok(())
 }
 
 fn zip_error(error: zip::result::ZipError) -> Error {
@@ -421,7 +419,7 @@ fn zip_error(error: zip::result::ZipError) -> Error {
 }
 
 /// Reads all arrays of an archive, in its order, each with its name (without `.npy`).
-pub fn read_npz<R: Read + Seek>(input: R) -> Result<Vec<(String, HostTensor)>> {
+pub fn read_npz<R: Read + Seek>(input: R) -> Result<Vec<(String, Tensor)>> {
     let mut archive = zip::ZipArchive::new(input).map_err(zip_error)?;
     if archive.len() > MAX_ENTRIES {
         return Err(Error::limit(
@@ -432,7 +430,7 @@ pub fn read_npz<R: Read + Seek>(input: R) -> Result<Vec<(String, HostTensor)>> {
         ));
     }
     let mut left = MAX_ARCHIVE_BYTES;
-    let mut out: Vec<(String, HostTensor)> = Vec::new();
+    let mut out: Vec<(String, Tensor)> = Vec::new();
     for index in 0..archive.len() {
         let mut entry = archive.by_index(index).map_err(zip_error)?;
         if entry.is_dir() {
@@ -442,7 +440,7 @@ pub fn read_npz<R: Read + Seek>(input: R) -> Result<Vec<(String, HostTensor)>> {
         let name = name.strip_suffix(".npy").unwrap_or(&name).to_owned();
         let tensor =
             read_limited(&mut entry, None, left).map_err(|e| e.within(format_args!("array {name:?}")))?;
-        left = left.saturating_sub(tensor.bytes().len() as u64);
+        left = left.saturating_sub(tensor.size_bytes().0);
         out.push((name, tensor));
     }
     Ok(out)
@@ -450,7 +448,7 @@ pub fn read_npz<R: Read + Seek>(input: R) -> Result<Vec<(String, HostTensor)>> {
 
 /// Writes an archive of named arrays, deflated if `compress`.
 pub fn write_npz<'a, W: Write + Seek>(
-    tensors: impl IntoIterator<Item = (&'a str, &'a HostTensor)>,
+    tensors: impl IntoIterator<Item = (&'a str, &'a Tensor)>,
     compress: bool,
     out: W,
 ) -> Result<()> {
@@ -486,7 +484,7 @@ mod tests {
         out
     }
 
-    fn check(header: &str, data: &[u8]) -> Result<HostTensor> {
+    fn check(header: &str, data: &[u8]) -> Result<Tensor> {
         read(&mut &file(header, data)[..])
     }
 
@@ -494,10 +492,10 @@ mod tests {
     fn fortran_order_is_turned() {
         let header = "{'descr': '|u1', 'fortran_order': True, 'shape': (2, 3), }\n";
         let tensor = check(header, &[1, 4, 2, 5, 3, 6]).unwrap();
-        assert_eq!(tensor.bytes(), [1, 2, 3, 4, 5, 6]);
+        assert_eq!(tensor.as_bytes(), [1, 2, 3, 4, 5, 6]);
         let header = "{'descr': '|u1', 'fortran_order': True, 'shape': (2, 2, 2)}";
         let tensor = check(header, &[0, 4, 2, 6, 1, 5, 3, 7]).unwrap();
-        assert_eq!(tensor.bytes(), [0, 1, 2, 3, 4, 5, 6, 7]);
+        assert_eq!(tensor.as_bytes(), [0, 1, 2, 3, 4, 5, 6, 7]);
     }
 
     #[test]
@@ -505,13 +503,13 @@ mod tests {
         let tensor =
             check("{\"descr\": \">i2\", 'fortran_order': False, 'shape': (2,)}", &[1, 2, 0xff, 0xfe])
                 .unwrap();
-        assert_eq!(tensor.to_vec::<i16>().unwrap(), [0x0102, -2]);
+        assert_eq!(tensor.as_slice::<i16>(), [0x0102, -2]);
         let tensor = check(
             "{'descr': '>c8', 'fortran_order': False, 'shape': ()}",
             &[0x3f, 0x80, 0, 0, 0x40, 0, 0, 0],
         )
         .unwrap();
-        assert_eq!(tensor.bytes(), [0, 0, 0x80, 0x3f, 0, 0, 0, 0x40]);
+        assert_eq!(tensor.as_bytes(), [0, 0, 0x80, 0x3f, 0, 0, 0, 0x40]);
     }
 
     #[test]
@@ -523,14 +521,14 @@ mod tests {
             bytes.extend((header.len() as u32).to_le_bytes());
             bytes.extend(header.as_bytes());
             bytes.extend(1.5f32.to_le_bytes());
-            assert_eq!(read(&mut &bytes[..]).unwrap().to_vec::<f32>().unwrap(), [1.5]);
+            assert_eq!(read(&mut &bytes[..]).unwrap().as_slice::<f32>(), [1.5]);
         }
     }
 
     #[test]
     fn texts_round_trip() {
         let texts = vec!["a".to_owned(), "größer".to_owned(), String::new()];
-        let tensor = HostTensor::from_strings(&[3, 1], texts).unwrap();
+        let tensor = Tensor::from_strings(&[3, 1], texts);
         let mut bytes = Vec::new();
         write(&tensor, &mut bytes).unwrap();
         assert_eq!(read(&mut &bytes[..]).unwrap(), tensor);
@@ -550,7 +548,7 @@ mod tests {
 
     #[test]
     fn opaque_elements_need_a_type() {
-        let tensor = HostTensor::from_bytes(DType::BF16, &[2], vec![0, 1, 2, 3]).unwrap();
+        let tensor = Tensor::from_bytes(DType::BF16, &[2], &[0, 1, 2, 3]).unwrap();
         let mut bytes = Vec::new();
         write(&tensor, &mut bytes).unwrap();
         assert!(matches!(read(&mut &bytes[..]), Err(Error::Invalid { .. })));
@@ -560,8 +558,8 @@ mod tests {
 
     #[test]
     fn archives_round_trip() {
-        let a = HostTensor::from_slice(&[3], &[1i64, -2, 3]).unwrap();
-        let b = HostTensor::from_slice(&[2, 0], &[0f32; 0]).unwrap();
+        let a = Tensor::from_slice(&[3], &[1i64, -2, 3]);
+        let b = Tensor::from_slice(&[2, 0], &[0f32; 0]);
         for compress in [false, true] {
             let mut file = Cursor::new(Vec::new());
             write_npz([("a", &a), ("layer/b", &b)], compress, &mut file).unwrap();
@@ -570,14 +568,15 @@ mod tests {
         }
     }
 
-    fn any_tensor() -> impl Strategy<Value = HostTensor> {
+    fn any_tensor() -> impl Strategy<Value = Tensor> {
         let dtypes: Vec<DType> =
             DType::ALL.into_iter().filter(|d| *d != DType::String && *d != DType::Bool).collect();
         (prop::collection::vec(0usize..5, 0..4), prop::sample::select(dtypes), any::<u8>()).prop_map(
             |(shape, dtype, seed)| {
                 let size = shape.iter().product::<usize>() * dtype.size_bytes();
-                let bytes = (0..size).map(|i| (i as u8).wrapping_mul(37).wrapping_add(seed)).collect();
-                HostTensor::from_bytes(dtype, &shape, bytes).unwrap()
+                let bytes: Vec<u8> =
+                    (0..size).map(|i| (i as u8).wrapping_mul(37).wrapping_add(seed)).collect();
+                Tensor::from_bytes(dtype, &shape, &bytes).unwrap()
             },
         )
     }
@@ -587,7 +586,7 @@ mod tests {
         fn arrays_round_trip(tensor in any_tensor()) {
             let mut bytes = Vec::new();
             write(&tensor, &mut bytes).unwrap();
-            prop_assert_eq!((bytes.len() - tensor.bytes().len()) % ALIGNMENT, 0);
+            prop_assert_eq!((bytes.len() - tensor.as_bytes().len()) % ALIGNMENT, 0);
             prop_assert_eq!(read_as(&mut &bytes[..], Some(tensor.dtype())).unwrap(), tensor);
         }
 

@@ -5,16 +5,17 @@ use std::io::{BufWriter, Write};
 use std::path::{Component, Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
+use lightering_graph::{DType, Tensor};
 use lightering_tier::{ByteSource, FileSource};
 
 use super::proto::{
     ExternalData, MapProto, Message, ModelProto, OptionalProto, OptionalValue, SequenceProto,
     SparseTensorProto, TensorData, TensorProto, TypeProto,
 };
-use super::tensor::{decode_tensor, direct_span, encode_tensor, raw_size, tensor_type};
+use super::tensor::{ReadExternal, decode_tensor, direct_span, encode_tensor, raw_size, tensor_type};
 use crate::protobuf::Span;
 use crate::tensor::checked_size;
-use crate::{Error, HostTensor, Result, Value};
+use crate::{Error, HostValue, Result};
 
 /// A model whose weights are still in its file.
 pub struct ModelFile {
@@ -63,12 +64,10 @@ impl ModelFile {
     }
 
     /// Decodes a tensor of this model.
-    pub fn tensor(&self, proto: &TensorProto) -> Result<HostTensor> {
-        decode_tensor(proto, &*self.source, &|proto, size_bytes| {
-            let (source, span) = self.external(proto, size_bytes)?;
-            let mut out = vec![0; size_bytes];
-            source.read_at(span.offset, &mut out).map_err(|e| Error::io(source.name(), e))?;
-            Ok(out)
+    pub fn tensor(&self, proto: &TensorProto) -> Result<Tensor> {
+        decode_tensor(proto, &*self.source, &|proto, out| {
+            let (source, span) = self.external(proto, out.len())?;
+            source.read_at(span.offset, out).map_err(|e| Error::io(source.name(), e))
         })
     }
 
@@ -81,7 +80,7 @@ impl ModelFile {
         if let TensorData::External(_) = proto.data {
             let raw = raw_size(dtype, count);
             let found = self.external(proto, raw)?;
-            let direct = raw == size_bytes && dtype != lightering_units::DType::Bool;
+            let direct = raw == size_bytes && dtype != DType::Bool;
             return Ok(direct.then_some(found));
         }
         let Some(span) = direct_span(proto, dtype) else { return Ok(None) };
@@ -195,13 +194,13 @@ pub fn save_model(model: &ModelProto, source: Option<&dyn ByteSource>, path: imp
     }
 }
 
-const NO_EXTERNAL: &dyn Fn(&TensorProto, usize) -> Result<Vec<u8>> = &|proto, _| {
+const NO_EXTERNAL: ReadExternal = &|proto, _| {
     Err(Error::unsupported(format!("tensor {:?}", proto.name), "external data in a test data file"))
 };
 
 /// Reads a `.pb` file of test data (`input_0.pb`), which holds a tensor, a sequence or an optional: which one is known
 /// only from the type that the model declares for it. [`TypeProto::Unset`] means a tensor.
-pub fn read_value(source: &dyn ByteSource, declared: &TypeProto) -> Result<Value> {
+pub fn read_value(source: &dyn ByteSource, declared: &TypeProto) -> Result<HostValue> {
     match declared {
         TypeProto::Sequence(_) => sequence_value(&SequenceProto::read(source)?, source),
         TypeProto::Optional(_) => optional_value(&OptionalProto::read(source)?, source),
@@ -211,15 +210,15 @@ pub fn read_value(source: &dyn ByteSource, declared: &TypeProto) -> Result<Value
     }
 }
 
-fn tensor_value(proto: &TensorProto, source: &dyn ByteSource) -> Result<Value> {
-    decode_tensor(proto, source, NO_EXTERNAL).map(Value::Tensor)
+fn tensor_value(proto: &TensorProto, source: &dyn ByteSource) -> Result<HostValue> {
+    decode_tensor(proto, source, NO_EXTERNAL).map(HostValue::Tensor)
 }
 
-fn sparse_value(proto: &SparseTensorProto) -> Result<Value> {
+fn sparse_value(proto: &SparseTensorProto) -> Result<HostValue> {
     Err(Error::unsupported(format!("value {:?}", proto.values.name), "a sparse tensor"))
 }
 
-fn sequence_value(proto: &SequenceProto, source: &dyn ByteSource) -> Result<Value> {
+fn sequence_value(proto: &SequenceProto, source: &dyn ByteSource) -> Result<HostValue> {
     let mut out = Vec::new();
     for v in &proto.tensor_values {
         out.push(tensor_value(v, source)?);
@@ -236,12 +235,12 @@ fn sequence_value(proto: &SequenceProto, source: &dyn ByteSource) -> Result<Valu
     for v in &proto.optional_values {
         out.push(optional_value(v, source)?);
     }
-    Ok(Value::Sequence(out))
+    Ok(HostValue::Sequence(out))
 }
 
-fn map_value(proto: &MapProto, source: &dyn ByteSource) -> Result<Value> {
+fn map_value(proto: &MapProto, source: &dyn ByteSource) -> Result<HostValue> {
     let keys = if proto.string_keys.is_empty() {
-        HostTensor::from_slice(&[proto.keys.len()], &proto.keys)?
+        Tensor::from_slice(&[proto.keys.len()], &proto.keys)
     } else {
         let texts = proto
             .string_keys
@@ -250,22 +249,22 @@ fn map_value(proto: &MapProto, source: &dyn ByteSource) -> Result<Value> {
                 String::from_utf8(k.clone()).map_err(|_| Error::corrupt("map", "a key is not valid UTF-8"))
             })
             .collect::<Result<Vec<_>>>()?;
-        HostTensor::from_strings(&[texts.len()], texts)?
+        Tensor::from_strings(&[texts.len()], texts)
     };
-    let Value::Sequence(values) = sequence_value(&proto.values, source)? else {
+    let HostValue::Sequence(values) = sequence_value(&proto.values, source)? else {
         unreachable!("sequence_value returns a sequence");
     };
-    if values.len() != keys.element_count() {
+    if values.len() != keys.len() {
         return Err(Error::invalid(
             format!("map {:?}", proto.name),
             format!("{} values", values.len()),
-            format!("one for each of {} keys", keys.element_count()),
+            format!("one for each of {} keys", keys.len()),
         ));
     }
-    Ok(Value::Map(keys, values))
+    Ok(HostValue::Map(keys, values))
 }
 
-fn optional_value(proto: &OptionalProto, source: &dyn ByteSource) -> Result<Value> {
+fn optional_value(proto: &OptionalProto, source: &dyn ByteSource) -> Result<HostValue> {
     let inner = match &proto.value {
         OptionalValue::None => None,
         OptionalValue::Tensor(v) => Some(tensor_value(v, source)?),
@@ -274,16 +273,16 @@ fn optional_value(proto: &OptionalProto, source: &dyn ByteSource) -> Result<Valu
         OptionalValue::Map(v) => Some(map_value(v, source)?),
         OptionalValue::Optional(v) => Some(optional_value(v, source)?),
     };
-    Ok(Value::Optional(inner.map(Box::new)))
+    Ok(HostValue::Optional(inner.map(Box::new)))
 }
 
 /// Writes a value as test data, in the message that belongs to its kind.
-pub fn write_value(name: &str, value: &Value, out: &mut dyn Write) -> Result<()> {
+pub fn write_value(name: &str, value: &HostValue, out: &mut dyn Write) -> Result<()> {
     match value {
-        Value::Tensor(tensor) => encode_tensor(name, tensor).to_writer(None)?.write_to(out),
-        Value::Sequence(_) => sequence_proto(name, value)?.to_writer(None)?.write_to(out),
-        Value::Optional(_) => optional_proto(name, value)?.to_writer(None)?.write_to(out),
-        Value::Map(..) => map_proto(name, value)?.to_writer(None)?.write_to(out),
+        HostValue::Tensor(tensor) => encode_tensor(name, tensor).to_writer(None)?.write_to(out),
+        HostValue::Sequence(_) => sequence_proto(name, value)?.to_writer(None)?.write_to(out),
+        HostValue::Optional(_) => optional_proto(name, value)?.to_writer(None)?.write_to(out),
+        HostValue::Map(..) => map_proto(name, value)?.to_writer(None)?.write_to(out),
     }
 }
 
@@ -293,23 +292,23 @@ const KIND_SEQUENCE: i32 = 3;
 const KIND_MAP: i32 = 4;
 const KIND_OPTIONAL: i32 = 5;
 
-fn sequence_proto(name: &str, value: &Value) -> Result<SequenceProto> {
-    let Value::Sequence(elements) = value else {
+fn sequence_proto(name: &str, value: &HostValue) -> Result<SequenceProto> {
+    let HostValue::Sequence(elements) = value else {
         return Err(Error::invalid(format!("value {name:?}"), "another kind of value", "a sequence"));
     };
     let mut out = SequenceProto { name: name.to_owned(), elem_type: KIND_TENSOR, ..Default::default() };
     for element in elements {
         match element {
-            Value::Tensor(tensor) => out.tensor_values.push(encode_tensor("", tensor)),
-            Value::Sequence(_) => {
+            HostValue::Tensor(tensor) => out.tensor_values.push(encode_tensor("", tensor)),
+            HostValue::Sequence(_) => {
                 out.elem_type = KIND_SEQUENCE;
                 out.sequence_values.push(sequence_proto("", element)?);
             }
-            Value::Map(..) => {
+            HostValue::Map(..) => {
                 out.elem_type = KIND_MAP;
                 out.map_values.push(map_proto("", element)?);
             }
-            Value::Optional(_) => {
+            HostValue::Optional(_) => {
                 out.elem_type = KIND_OPTIONAL;
                 out.optional_values.push(optional_proto("", element)?);
             }
@@ -318,20 +317,20 @@ fn sequence_proto(name: &str, value: &Value) -> Result<SequenceProto> {
     Ok(out)
 }
 
-fn map_proto(name: &str, value: &Value) -> Result<MapProto> {
-    let Value::Map(keys, values) = value else {
+fn map_proto(name: &str, value: &HostValue) -> Result<MapProto> {
+    let HostValue::Map(keys, values) = value else {
         return Err(Error::invalid(format!("value {name:?}"), "another kind of value", "a map"));
     };
     let mut out = MapProto {
         name: name.to_owned(),
         key_type: super::dtype_to_onnx(keys.dtype()),
-        values: sequence_proto("", &Value::Sequence(values.clone()))?,
+        values: sequence_proto("", &HostValue::Sequence(values.clone()))?,
         ..Default::default()
     };
-    match (keys.strings(), keys.to_vec::<i64>()) {
-        (Some(texts), _) => out.string_keys = texts.iter().map(|t| t.clone().into_bytes()).collect(),
-        (None, Some(numbers)) => out.keys = numbers,
-        (None, None) => {
+    match keys.dtype() {
+        DType::String => out.string_keys = keys.as_strings().iter().map(|t| t.clone().into_bytes()).collect(),
+        DType::I64 => out.keys = keys.as_slice::<i64>().to_vec(),
+        _ => {
             return Err(Error::unsupported(
                 format!("map {name:?}"),
                 format!("a key of type {}", keys.dtype()),
@@ -341,18 +340,18 @@ fn map_proto(name: &str, value: &Value) -> Result<MapProto> {
     Ok(out)
 }
 
-fn optional_proto(name: &str, value: &Value) -> Result<OptionalProto> {
-    let Value::Optional(inner) = value else {
+fn optional_proto(name: &str, value: &HostValue) -> Result<OptionalProto> {
+    let HostValue::Optional(inner) = value else {
         return Err(Error::invalid(format!("value {name:?}"), "another kind of value", "an optional"));
     };
     let (elem_type, value) = match inner.as_deref() {
         None => (0, OptionalValue::None),
-        Some(Value::Tensor(t)) => (KIND_TENSOR, OptionalValue::Tensor(Box::new(encode_tensor("", t)))),
-        Some(v @ Value::Sequence(_)) => {
+        Some(HostValue::Tensor(t)) => (KIND_TENSOR, OptionalValue::Tensor(Box::new(encode_tensor("", t)))),
+        Some(v @ HostValue::Sequence(_)) => {
             (KIND_SEQUENCE, OptionalValue::Sequence(Box::new(sequence_proto("", v)?)))
         }
-        Some(v @ Value::Map(..)) => (KIND_MAP, OptionalValue::Map(Box::new(map_proto("", v)?))),
-        Some(v @ Value::Optional(_)) => {
+        Some(v @ HostValue::Map(..)) => (KIND_MAP, OptionalValue::Map(Box::new(map_proto("", v)?))),
+        Some(v @ HostValue::Optional(_)) => {
             (KIND_OPTIONAL, OptionalValue::Optional(Box::new(optional_proto("", v)?)))
         }
     };

@@ -5,7 +5,7 @@ pub mod proto;
 mod tensor;
 
 pub use file::{ModelFile, read_value, save_model, write_value};
-pub use tensor::{decode_tensor, dtype_from_onnx, dtype_to_onnx, encode_tensor};
+pub use tensor::{ReadExternal, decode_tensor, dtype_from_onnx, dtype_to_onnx, encode_tensor};
 
 /// The kinds of attribute values, numbered as ONNX numbers them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

@@ -1,12 +1,12 @@
 //! From `TensorProto` to host tensors and back.
 
+use lightering_graph::{DType, Tensor};
 use lightering_tier::ByteSource;
-use lightering_units::DType;
 
 use super::proto::{Payload, TensorData, TensorProto};
 use crate::protobuf::{Reader, Span};
 use crate::tensor::checked_size;
-use crate::{Error, HostTensor, Result, TensorValues};
+use crate::{Error, Result};
 
 /// The element type with ONNX's number.
 pub fn dtype_from_onnx(number: i32) -> Option<DType> {
@@ -81,13 +81,13 @@ pub(crate) fn direct_span(proto: &TensorProto, dtype: DType) -> Option<Span> {
     }
 }
 
-/// Decodes a tensor. Its payload, where it was left in the file, is read from `source`; `external` returns the bytes of
-/// a tensor in another file given how many there must be.
-pub fn decode_tensor(
-    proto: &TensorProto,
-    source: &dyn ByteSource,
-    external: &dyn Fn(&TensorProto, usize) -> Result<Vec<u8>>,
-) -> Result<HostTensor> {
+/// How [`decode_tensor`] reads the raw data of a tensor in another file: fills the buffer, which has the size that the
+/// type and shape ask for.
+pub type ReadExternal<'a> = &'a dyn Fn(&TensorProto, &mut [u8]) -> Result<()>;
+
+/// Decodes a tensor. Its payload, where it was left in the file, is read from `source`, and that of a tensor in another
+/// file through `external`.
+pub fn decode_tensor(proto: &TensorProto, source: &dyn ByteSource, external: ReadExternal) -> Result<Tensor> {
     let (dtype, shape) = tensor_type(proto)?;
     let place = format!("tensor {:?}", proto.name);
     let (count, _) = checked_size(&place, dtype, &shape)?;
@@ -115,91 +115,98 @@ pub fn decode_tensor(
                 String::from_utf8(s.clone()).map_err(|_| Error::corrupt(&place, "a text is not valid UTF-8"))
             })
             .collect::<Result<Vec<_>>>()?;
-        return HostTensor::from_strings(&shape, strings);
+        return Ok(Tensor::from_strings(&shape, strings));
     }
     let wanted = raw_size(dtype, count);
     // Nothing is read or allocated before the size of the payload is known to fit the shape.
-    let fixed = |payload: &Payload| -> Result<Vec<u8>> {
+    let fixed = |payload: &Payload| -> Result<Tensor> {
         if payload.size_bytes() != wanted as u64 {
             return Err(wrong_count(payload.size_bytes(), wanted as u64, "bytes"));
         }
-        load(&place, payload, source)
+        from_raw(dtype, &shape, &mut |bytes| load(&place, payload, source, bytes))
     };
-    let varints = |payload: &Payload| -> Result<Vec<u64>> {
+    let varints = |payload: &Payload, put: fn(u64, &mut [u8])| -> Result<Tensor> {
         // The typed fields hold one number per element, save that 4-bit elements come in pairs.
         let numbers = if is_four_bit(dtype) { count.div_ceil(2) } else { count };
-        if payload.size_bytes() < numbers as u64 || payload.size_bytes() > 10 * numbers as u64 {
-            return Err(wrong_count(payload.size_bytes(), numbers as u64, "bytes of varints, at least"));
+        let size = payload.size_bytes();
+        if size < numbers as u64 || size > 10 * numbers as u64 {
+            return Err(wrong_count(size, numbers as u64, "bytes of varints, at least"));
         }
-        let bytes = load(&place, payload, source)?;
-        let mut out = Vec::with_capacity(numbers);
-        let span = Span { offset: 0, size_bytes: bytes.len() as u64 };
-        Reader::new(&bytes).packed_varints(span, |_, v| {
-            out.push(v);
-            Ok(())
-        })?;
-        if out.len() != numbers {
-            return Err(wrong_count(out.len() as u64, numbers as u64, "numbers"));
-        }
-        Ok(out)
+        from_raw(dtype, &shape, &mut |raw| {
+            let mut bytes = vec![0; size as usize];
+            load(&place, payload, source, &mut bytes)?;
+            let mut found = 0;
+            let mut slots = raw.chunks_exact_mut(if is_four_bit(dtype) { 1 } else { dtype.size_bytes() });
+            Reader::new(&bytes).packed_varints(Span { offset: 0, size_bytes: size }, |_, v| {
+                found += 1;
+                if let Some(slot) = slots.next() {
+                    put(v, slot);
+                }
+                Ok(())
+            })?;
+            if found == numbers { Ok(()) } else { Err(wrong_count(found as u64, numbers as u64, "numbers")) }
+        })
     };
-    let misplaced = |field: &str, expected: &str| {
-        Error::invalid(&place, format!("{dtype} elements in {field}"), format!("raw_data or {expected}"))
+    /// The low bytes of a number: two's complement narrows without a look at the sign.
+    fn low(value: u64, slot: &mut [u8]) {
+        let width = slot.len();
+        slot.copy_from_slice(&value.to_le_bytes()[..width]);
+    }
+    let misplaced = |field: &str| {
+        Error::invalid(&place, format!("{dtype} elements in {field}"), "raw_data or the field of that type")
     };
-    let raw = match &proto.data {
-        TensorData::Empty if count == 0 => Vec::new(),
-        TensorData::Empty => return Err(wrong_count(0, wanted as u64, "bytes")),
-        TensorData::Raw(payload) => fixed(payload)?,
-        TensorData::External(_) => {
-            let bytes = external(proto, wanted)?;
-            if bytes.len() != wanted {
-                return Err(wrong_count(bytes.len() as u64, wanted as u64, "bytes"));
-            }
-            bytes
-        }
+    match &proto.data {
+        TensorData::Empty if count == 0 => Ok(Tensor::zeros(dtype, &shape)),
+        TensorData::Empty => Err(wrong_count(0, wanted as u64, "bytes")),
+        TensorData::Raw(payload) => fixed(payload),
+        TensorData::External(_) => from_raw(dtype, &shape, &mut |bytes| external(proto, bytes)),
         TensorData::Floats(payload) => match dtype {
-            DType::F32 | DType::Complex64 => fixed(payload)?,
-            _ => return Err(misplaced("float_data", "the field of that type")),
+            DType::F32 | DType::Complex64 => fixed(payload),
+            _ => Err(misplaced("float_data")),
         },
         TensorData::Doubles(payload) => match dtype {
-            DType::F64 | DType::Complex128 => fixed(payload)?,
-            _ => return Err(misplaced("double_data", "the field of that type")),
+            DType::F64 | DType::Complex128 => fixed(payload),
+            _ => Err(misplaced("double_data")),
         },
         TensorData::Int32s(payload) => match dtype {
-            DType::I32 => varints(payload)?.iter().flat_map(|v| (*v as u32).to_le_bytes()).collect(),
-            DType::I16 | DType::U16 | DType::F16 | DType::BF16 => {
-                varints(payload)?.iter().flat_map(|v| (*v as u16).to_le_bytes()).collect()
-            }
-            dtype if dtype.size_bytes() == 1 => varints(payload)?.iter().map(|v| *v as u8).collect(),
-            _ => return Err(misplaced("int32_data", "the field of that type")),
+            DType::I32 | DType::I16 | DType::U16 | DType::F16 | DType::BF16 => varints(payload, low),
+            // Any value but 0 is true, so the low byte alone would not do.
+            DType::Bool => varints(payload, |v, slot| slot[0] = u8::from(v != 0)),
+            dtype if dtype.size_bytes() == 1 => varints(payload, low),
+            _ => Err(misplaced("int32_data")),
         },
         TensorData::Int64s(payload) => match dtype {
-            DType::I64 => varints(payload)?.iter().flat_map(|v| v.to_le_bytes()).collect(),
-            _ => return Err(misplaced("int64_data", "the field of that type")),
+            DType::I64 => varints(payload, low),
+            _ => Err(misplaced("int64_data")),
         },
         TensorData::Uint64s(payload) => match dtype {
-            DType::U64 => varints(payload)?.iter().flat_map(|v| v.to_le_bytes()).collect(),
-            DType::U32 => varints(payload)?.iter().flat_map(|v| (*v as u32).to_le_bytes()).collect(),
-            _ => return Err(misplaced("uint64_data", "the field of that type")),
+            DType::U64 | DType::U32 => varints(payload, low),
+            _ => Err(misplaced("uint64_data")),
         },
-        TensorData::Strings(_) => return Err(misplaced("string_data", "the field of that type")),
-    };
-    HostTensor::from_bytes(dtype, &shape, unpack(dtype, count, raw))
+        TensorData::Strings(_) => Err(misplaced("string_data")),
+    }
 }
 
-/// The in-memory form of raw data: 4-bit pairs spread to bytes, booleans made 0 or 1.
-pub(crate) fn unpack(dtype: DType, count: usize, raw: Vec<u8>) -> Vec<u8> {
-    match dtype {
-        DType::Bool => raw.into_iter().map(|b| u8::from(b != 0)).collect(),
-        DType::U4 | DType::F4E2M1 => raw.iter().flat_map(|b| [b & 15, b >> 4]).take(count).collect(),
-        // The shift pair extends the sign of the low and of the high half.
-        DType::I4 => raw
-            .iter()
-            .flat_map(|b| [(((b << 4) as i8) >> 4) as u8, ((*b as i8) >> 4) as u8])
-            .take(count)
-            .collect(),
-        _ => raw,
+/// A tensor whose raw data `fill` provides; 4-bit pairs are spread to bytes and booleans made 0 or 1.
+fn from_raw(dtype: DType, shape: &[usize], fill: &mut dyn FnMut(&mut [u8]) -> Result<()>) -> Result<Tensor> {
+    let mut tensor = Tensor::zeros(dtype, shape);
+    if !is_four_bit(dtype) {
+        fill(tensor.as_bytes_mut())?;
+        if dtype == DType::Bool {
+            tensor.as_bytes_mut().iter_mut().for_each(|b| *b = u8::from(*b != 0));
+        }
+        return Ok(tensor);
     }
+    let mut raw = vec![0; raw_size(dtype, tensor.len())];
+    fill(&mut raw)?;
+    // The shift pair extends the sign of the low and of the high half.
+    let split: fn(u8) -> [u8; 2] = match dtype {
+        DType::I4 => |b| [(((b << 4) as i8) >> 4) as u8, ((b as i8) >> 4) as u8],
+        _ => |b| [b & 15, b >> 4],
+    };
+    let halves = raw.iter().flat_map(|b| split(*b));
+    tensor.as_bytes_mut().iter_mut().zip(halves).for_each(|(out, half)| *out = half);
+    Ok(tensor)
 }
 
 /// The raw-data form of in-memory elements.
@@ -211,31 +218,32 @@ pub(crate) fn pack(dtype: DType, bytes: &[u8]) -> Vec<u8> {
     }
 }
 
-fn load(place: &str, payload: &Payload, source: &dyn ByteSource) -> Result<Vec<u8>> {
+fn load(place: &str, payload: &Payload, source: &dyn ByteSource, out: &mut [u8]) -> Result<()> {
     match payload {
-        Payload::Inline(bytes) => Ok(bytes.clone()),
+        Payload::Inline(bytes) => out.copy_from_slice(bytes),
         Payload::Span(span) => {
-            if span.offset.checked_add(span.size_bytes).is_none_or(|end| end > source.len_bytes().0) {
-                return Err(Error::corrupt(place, "its data lies outside of the file"));
-            }
-            let mut out = vec![0; span.size_bytes as usize];
-            source.read_at(span.offset, &mut out).map_err(|e| Error::io(place, e))?;
-            Ok(out)
+            source.read_at(span.offset, out).map_err(|e| match e.kind() {
+                std::io::ErrorKind::UnexpectedEof => {
+                    Error::corrupt(place, "its data lies outside of the file")
+                }
+                _ => Error::io(place, e),
+            })?;
         }
     }
+    Ok(())
 }
 
 /// A tensor as a message, its elements in `raw_data` (texts in `string_data`).
-pub fn encode_tensor(name: &str, tensor: &HostTensor) -> TensorProto {
-    let data = match tensor.values() {
-        TensorValues::Bytes(bytes) if bytes.is_empty() => TensorData::Empty,
-        TensorValues::Bytes(bytes) => TensorData::Raw(Payload::Inline(pack(tensor.dtype(), bytes))),
-        TensorValues::Strings(strings) => {
-            TensorData::Strings(strings.iter().map(|s| s.clone().into_bytes()).collect())
-        }
+pub fn encode_tensor(name: &str, tensor: &Tensor) -> TensorProto {
+    let data = if tensor.is_empty() {
+        TensorData::Empty
+    } else if tensor.dtype() == DType::String {
+        TensorData::Strings(tensor.as_strings().iter().map(|s| s.clone().into_bytes()).collect())
+    } else {
+        TensorData::Raw(Payload::Inline(pack(tensor.dtype(), tensor.as_bytes())))
     };
     TensorProto {
-        dims: tensor.shape().iter().map(|d| *d as i64).collect(),
+        dims: tensor.dims().iter().map(|d| *d as i64).collect(),
         data_type: dtype_to_onnx(tensor.dtype()),
         name: name.to_owned(),
         data,

@@ -1,10 +1,10 @@
-use lightering_units::DType;
+use lightering_graph::{DType, Tensor};
 use proptest::prelude::*;
 
 use super::proto::*;
 use super::*;
 use crate::protobuf::{Span, push_varint};
-use crate::{Error, HostTensor, Value};
+use crate::{Error, HostValue};
 
 fn raw(dtype: i32, dims: &[i64], bytes: &[u8]) -> TensorProto {
     TensorProto {
@@ -16,7 +16,7 @@ fn raw(dtype: i32, dims: &[i64], bytes: &[u8]) -> TensorProto {
     }
 }
 
-fn decode(proto: &TensorProto) -> crate::Result<HostTensor> {
+fn decode(proto: &TensorProto) -> crate::Result<Tensor> {
     let nothing: Vec<u8> = Vec::new();
     decode_tensor(proto, &nothing, &|_, _| unreachable!("no external data here"))
 }
@@ -31,19 +31,19 @@ fn varints(values: &[i64]) -> Payload {
 fn four_bit_elements_come_in_pairs() {
     let tensor = decode(&raw(22, &[3], &[0x8f, 0x07])).unwrap();
     assert_eq!(tensor.dtype(), DType::I4);
-    assert_eq!(tensor.bytes(), [0xff, 0xf8, 0x07]);
+    assert_eq!(tensor.as_bytes(), [0xff, 0xf8, 0x07]);
     let tensor = decode(&raw(21, &[3], &[0x8f, 0x07])).unwrap();
-    assert_eq!(tensor.bytes(), [15, 8, 7]);
+    assert_eq!(tensor.as_bytes(), [15, 8, 7]);
     let mut proto = raw(21, &[3], &[]);
     proto.data = TensorData::Int32s(varints(&[0x8f, 0x07]));
-    assert_eq!(decode(&proto).unwrap().bytes(), [15, 8, 7]);
+    assert_eq!(decode(&proto).unwrap().as_bytes(), [15, 8, 7]);
 }
 
 #[test]
 fn typed_fields_hold_their_types() {
     let check = |data_type: i32, data: TensorData, expected: &[u8]| {
         let proto = TensorProto { dims: vec![2], data_type, data, ..Default::default() };
-        assert_eq!(decode(&proto).unwrap().bytes(), expected, "{data_type}");
+        assert_eq!(decode(&proto).unwrap().as_bytes(), expected, "{data_type}");
     };
     check(10, TensorData::Int32s(varints(&[0x3c00, 0xbc00])), &[0, 0x3c, 0, 0xbc]);
     check(16, TensorData::Int32s(varints(&[0x3f80, 0xbf80])), &[0x80, 0x3f, 0x80, 0xbf]);
@@ -178,7 +178,7 @@ fn a_model_round_trips_and_its_weights_stay_in_the_file() {
     let file = ModelFile::from_bytes(bytes.clone()).unwrap();
     let weight = &file.model.graph.as_ref().unwrap().initializer[0];
     assert!(matches!(&weight.data, TensorData::Raw(Payload::Span(span)) if span.size_bytes == 16_000));
-    let decoded = file.tensor(weight).unwrap().to_vec::<f32>().unwrap();
+    let decoded = file.tensor(weight).unwrap().as_slice::<f32>().to_vec();
     assert!(decoded.iter().enumerate().all(|(i, v)| *v == i as f32));
     let (source, span) = file.locate(weight).unwrap().unwrap();
     let mut four = [0; 4];
@@ -216,7 +216,7 @@ fn numbers_may_come_unpacked_and_in_parts() {
     w.bytes(4, &[2f32.to_le_bytes(), 3f32.to_le_bytes()].concat());
     let bytes = w.into_bytes().unwrap();
     let tensor = decode(&TensorProto::read(&bytes).unwrap()).unwrap();
-    assert_eq!((tensor.shape(), tensor.to_vec::<f32>().unwrap()), (&[3, 1][..], vec![1.0, 2.0, 3.0]));
+    assert_eq!((tensor.dims(), tensor.as_slice::<f32>().to_vec()), (&[3, 1][..], vec![1.0, 2.0, 3.0]));
 }
 
 #[cfg(unix)]
@@ -243,8 +243,8 @@ fn external_data_stays_inside_the_folder() {
         assert_eq!(tensor.is_ok(), located.is_ok());
         tensor
     };
-    assert_eq!(open("sub/w.bin", 4, Some(8)).unwrap().to_vec::<f32>().unwrap(), [2.0, 3.0]);
-    assert_eq!(open("./sub/w.bin", 0, None).unwrap().to_vec::<f32>().unwrap(), [1.0, 2.0]);
+    assert_eq!(open("sub/w.bin", 4, Some(8)).unwrap().as_slice::<f32>().to_vec(), [2.0, 3.0]);
+    assert_eq!(open("./sub/w.bin", 0, None).unwrap().as_slice::<f32>().to_vec(), [1.0, 2.0]);
     for location in ["../secret.bin", "sub/../../secret.bin", "/etc/passwd", "link.bin", "sub", "a\0b"] {
         let error = open(location, 0, Some(8)).unwrap_err();
         assert!(matches!(error, Error::Invalid { .. } | Error::Io { .. }), "{location}: {error}");
@@ -257,21 +257,21 @@ fn external_data_stays_inside_the_folder() {
 
 #[test]
 fn values_round_trip_as_test_data() {
-    let a = Value::Tensor(HostTensor::from_slice(&[2], &[1f32, 2.0]).unwrap());
-    let s = Value::Tensor(HostTensor::from_strings(&[1], vec!["x".into()]).unwrap());
-    let keys = HostTensor::from_slice(&[1], &[7i64]).unwrap();
+    let a = HostValue::Tensor(Tensor::from_slice(&[2], &[1f32, 2.0]));
+    let s = HostValue::Tensor(Tensor::from_strings(&[1], vec!["x".into()]));
+    let keys = Tensor::from_slice(&[1], &[7i64]);
     let tensor_type = TypeProto::Tensor { elem_type: 1, shape: None };
     let cases = [
         (a.clone(), tensor_type.clone()),
-        (Value::Sequence(vec![a.clone(), s.clone()]), TypeProto::Sequence(Box::new(tensor_type.clone()))),
-        (Value::Sequence(vec![]), TypeProto::Sequence(Box::new(tensor_type.clone()))),
-        (Value::Optional(None), TypeProto::Optional(Box::new(tensor_type.clone()))),
+        (HostValue::Sequence(vec![a.clone(), s.clone()]), TypeProto::Sequence(Box::new(tensor_type.clone()))),
+        (HostValue::Sequence(vec![]), TypeProto::Sequence(Box::new(tensor_type.clone()))),
+        (HostValue::Optional(None), TypeProto::Optional(Box::new(tensor_type.clone()))),
         (
-            Value::Optional(Some(Box::new(Value::Sequence(vec![a.clone()])))),
+            HostValue::Optional(Some(Box::new(HostValue::Sequence(vec![a.clone()])))),
             TypeProto::Optional(Box::new(TypeProto::Sequence(Box::new(tensor_type.clone())))),
         ),
         (
-            Value::Sequence(vec![Value::Map(keys, vec![a])]),
+            HostValue::Sequence(vec![HostValue::Map(keys, vec![a])]),
             TypeProto::Sequence(Box::new(TypeProto::Map { key_type: 7, value_type: Box::new(tensor_type) })),
         ),
     ];
@@ -291,23 +291,23 @@ proptest! {
         let tensor = match dtype {
             DType::String => {
                 let texts = (0..count).map(|i| format!("{}", byte(i))).collect();
-                HostTensor::from_strings(&shape, texts).unwrap()
+                Tensor::from_strings(&shape, texts)
             }
             DType::Bool => {
-                HostTensor::from_bytes(dtype, &shape, (0..count).map(|i| byte(i) & 1).collect()).unwrap()
+                Tensor::from_bytes(dtype, &shape, &(0..count).map(|i| byte(i) & 1).collect::<Vec<u8>>()).unwrap()
             }
             DType::U4 | DType::F4E2M1 => {
-                HostTensor::from_bytes(dtype, &shape, (0..count).map(|i| byte(i) & 15).collect()).unwrap()
+                Tensor::from_bytes(dtype, &shape, &(0..count).map(|i| byte(i) & 15).collect::<Vec<u8>>()).unwrap()
             }
             DType::I4 => {
-                let bytes = (0..count).map(|i| ((byte(i) << 4) as i8 >> 4) as u8).collect();
-                HostTensor::from_bytes(dtype, &shape, bytes).unwrap()
+                let bytes: Vec<u8> = (0..count).map(|i| ((byte(i) << 4) as i8 >> 4) as u8).collect();
+                Tensor::from_bytes(dtype, &shape, &bytes).unwrap()
             }
-            _ => HostTensor::from_bytes(dtype, &shape, (0..count * dtype.size_bytes()).map(byte).collect()).unwrap(),
+            _ => Tensor::from_bytes(dtype, &shape, &(0..count * dtype.size_bytes()).map(byte).collect::<Vec<u8>>()).unwrap(),
         };
         let bytes = encode_tensor("t", &tensor).to_writer(None).unwrap().into_bytes().unwrap();
         let read = read_value(&bytes, &TypeProto::Unset).unwrap();
-        prop_assert_eq!(read, Value::Tensor(tensor));
+        prop_assert_eq!(read, HostValue::Tensor(tensor));
     }
 
     #[test]
