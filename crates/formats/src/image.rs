@@ -82,6 +82,19 @@ impl Picture {
         Picture::from_rgb(rgb.width(), rgb.height(), rgb.into_raw())
     }
 
+    /// Width and height that the picture says it has, so that memory can be asked for before it is decoded.
+    pub fn dimensions(bytes: &[u8]) -> Result<(u32, u32)> {
+        let reader = ImageReader::new(Cursor::new(bytes))
+            .with_guessed_format()
+            .map_err(|e| Error::io("picture", e))?;
+        if reader.format().is_none() {
+            return Err(Error::invalid("picture", "an unknown format", "PNG, JPEG, BMP, GIF or WebP"));
+        }
+        let (width, height) = reader.into_dimensions().map_err(|e| Error::corrupt("picture", e))?;
+        check_size("picture", u64::from(width), u64::from(height))?;
+        Ok((width, height))
+    }
+
     /// Width in pixels.
     pub fn width(&self) -> u32 {
         self.width
@@ -642,6 +655,7 @@ mod tests {
         }
         let jpeg = Picture::decode(&encode(::image::ImageFormat::Jpeg)).unwrap();
         assert_eq!((jpeg.width(), jpeg.height()), (20, 10));
+        assert_eq!(Picture::dimensions(&encode(::image::ImageFormat::Jpeg)).unwrap(), (20, 10));
     }
 
     #[test]
@@ -662,6 +676,8 @@ mod tests {
         png[29..33].copy_from_slice(&crc.to_be_bytes());
         let error = Picture::decode(&png).unwrap_err();
         assert!(matches!(error, Error::Limit { .. }), "{error}");
+        assert!(matches!(Picture::dimensions(&png), Err(Error::Limit { .. })));
+        assert!(matches!(Picture::dimensions(b"plain text"), Err(Error::Invalid { .. })));
     }
 
     fn crc32(bytes: &[u8]) -> u32 {
