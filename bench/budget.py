@@ -1,0 +1,135 @@
+#!/usr/bin/env python3
+"""Does a memory budget hold, and what does it cost? Models x budgets in random order, each under a memory cgroup.
+
+    cargo build --release -p lightering
+    bench/budget.py [--repeat 3] [--fractions 1.0 0.75 0.5 0.25] [--threads 2] [--seed N]
+
+For each model: one resident run; then, per repetition, each fraction of the resident run's memory beyond the fixed cost
+(jittered by up to 3 %, shuffled with the other models), with `lighter run --memory B --receipt`, inside a memory cgroup
+whose limit is B plus the fixed cost that `lighter doctor` states.
+A run holds when it ends well under the cgroup, its outputs are bit for bit the resident run's, and the receipt's measured
+peak beyond the fixed cost is at most B. A refusal (exit code 3) is counted apart.
+Needs the right to make a memory cgroup (v1 or v2); without it, it runs without and says so in the result.
+Writes bench/results/budget.json and renders docs/performance.md.
+"""
+
+import argparse
+import os
+import pathlib
+import random
+import statistics
+import sys
+
+import lighter
+import measure
+import tables
+
+
+class Cgroup:
+    """A memory control group of v1 or v2, made for one run and removed after it."""
+
+    def __init__(self, limit):
+        v1, v2 = pathlib.Path("/sys/fs/cgroup/memory"), pathlib.Path("/sys/fs/cgroup")
+        if (v1 / "memory.limit_in_bytes").exists():
+            self.version, root, limit_file, self.peak_file = "v1", v1, "memory.limit_in_bytes", "memory.max_usage_in_bytes"
+        elif "memory" in (v2 / "cgroup.controllers").read_text().split():
+            self.version, root, limit_file, self.peak_file = "v2", v2, "memory.max", "memory.peak"
+            (root / "cgroup.subtree_control").write_text("+memory")
+        else:
+            raise OSError("no memory controller")
+        self.path = root / f"lighter-bench-{os.getpid()}"
+        self.path.mkdir()
+        page = os.sysconf("SC_PAGE_SIZE")
+        (self.path / limit_file).write_text(str(-(-limit // page) * page))
+
+    def peak(self):
+        try:
+            return int((self.path / self.peak_file).read_text())
+        except OSError:
+            return None
+
+    def remove(self):
+        self.path.rmdir()
+
+
+def contained_run(model, threads, memory, limit):
+    try:
+        cgroup = Cgroup(limit)
+    except OSError as error:
+        return lighter.run(model, threads, memory), {"error": str(error)}
+    try:
+        done = lighter.run(model, threads, memory, cgroup.path)
+        return done, {"version": cgroup.version, "limit_bytes": limit, "peak_bytes": cgroup.peak()}
+    finally:
+        cgroup.remove()
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--fractions", type=float, nargs="+", default=[1.0, 0.75, 0.5, 0.25])
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--models", nargs="+", default=list(measure.MODELS))
+    options = parser.parse_args()
+    chance = random.Random(options.seed)
+    result = measure.heading(f"bench/budget.py --repeat {options.repeat} --threads {options.threads} --seed {options.seed}")
+    fixed = lighter.doctor_fixed_bytes()
+    result |= {"threads": options.threads, "seed": options.seed, "doctor_fixed_bytes": fixed, "resident": {}, "runs": []}
+    resident = {}
+    for model in measure.available(options.models):
+        runs = [lighter.run(model, options.threads) for _ in range(3)]
+        done = runs[-1]
+        if done["exit_code"] != 0 or done["receipt"] is None:
+            result["resident"][model] = {"error": done["message"], "exit_code": done["exit_code"]}
+            print(f"{model}: resident run ended with {done['exit_code']}: {done['message']}", file=sys.stderr)
+            continue
+        measured = [r["receipt"]["measured"] for r in runs]
+        resident[model] = done["output_bytes"]
+        result["resident"][model] = {
+            "beyond_fixed_bytes": max(m["peak_beyond_fixed_bytes"] for m in measured),
+            "peak_resident_bytes": max(m["peak_resident_bytes"] for m in measured),
+            "fixed_bytes": done["receipt"]["predicted"]["fixed_bytes"],
+            "seconds": statistics.median(m["seconds"] for m in measured),
+            "wall_seconds": statistics.median(r["wall_seconds"] for r in runs),
+            "predicted_peak_bytes": done["receipt"]["predicted"]["peak_bytes"],
+            "peak_error_percent": done["receipt"]["error"]["peak_percent"],
+            "same_bits": all(r["output_bytes"] == done["output_bytes"] for r in runs),
+        }
+    cases = [(m, f) for m in resident for f in options.fractions] * options.repeat
+    chance.shuffle(cases)
+    for model, fraction in cases:
+        base = result["resident"][model]
+        # A budget of the whole resident peak is not jittered below it.
+        jitter = chance.uniform(1.0, 1.03) if fraction >= 1.0 else chance.uniform(0.97, 1.03)
+        budget = int(base["beyond_fixed_bytes"] * fraction * jitter)
+        done, cgroup = contained_run(model, options.threads, budget, budget + (fixed or base["fixed_bytes"]))
+        receipt = done["receipt"]
+        run = {"model": model, "fraction": fraction, "budget_bytes": budget, "exit_code": done["exit_code"],
+               "cgroup": cgroup, "seen_peak_resident_bytes": done["seen_peak_resident_bytes"],
+               "wall_slowdown": done["wall_seconds"] / base["wall_seconds"]}
+        if receipt is not None and done["exit_code"] == 0:
+            measured = receipt["measured"]
+            run |= {
+                "same_bits": done["output_bytes"] == resident[model] and bool(resident[model]),
+                "beyond_fixed_bytes": measured["peak_beyond_fixed_bytes"],
+                "within_budget": measured["peak_beyond_fixed_bytes"] <= budget,
+                "peak_resident_bytes": measured["peak_resident_bytes"],
+                "peak_error_percent": receipt["error"]["peak_percent"],
+                "seconds_error_percent": receipt["error"]["seconds_percent"],
+                "slowdown": measured["seconds"] / base["seconds"], "strategy": receipt["plan"]["strategy"],
+                "bytes_read_by_tier": receipt["bytes_read_by_tier"],
+            }
+        else:
+            run["message"] = done["message"]
+        result["runs"].append(run)
+        verdict = "refused" if run["exit_code"] == 3 else f"exit {run['exit_code']}" if "same_bits" not in run else (
+            f"bits {'same' if run['same_bits'] else 'DIFFER'}, peak {run['beyond_fixed_bytes'] / budget:.3f} of the budget, "
+            f"slow-down {run['slowdown']:.2f}")
+        print(f"{model} {fraction:.0%} ({budget / 1e6:.1f} MB): {verdict}", file=sys.stderr)
+    measure.write_result("budget.json", result)
+    tables.main()
+
+
+if __name__ == "__main__":
+    main()
