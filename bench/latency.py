@@ -85,16 +85,19 @@ def main():
     parser.add_argument("--runs", type=int, default=8)
     parser.add_argument("--engines", nargs="+", default=list(ENGINES), choices=ENGINES)
     parser.add_argument("--models", nargs="+", default=list(measure.MODELS))
+    parser.add_argument("--priority", type=int, help="nice value of the measured processes; below 0 needs root")
     parser.add_argument("--no-render", action="store_true", help="leave docs/ alone")
     options = parser.parse_args()
     engines = list(options.engines)
     if "lighter" in engines and not measure.LIGHTER.exists():
         print(f"lighter: skipped, no {measure.LIGHTER}; cargo build --release -p lightering", file=sys.stderr)
         engines.remove("lighter")
+    if options.priority is not None:
+        os.setpriority(os.PRIO_PROCESS, 0, options.priority)
     for threads in options.threads:
         result = measure.heading(f"bench/latency.py --threads {threads} --rounds {options.rounds} --warmup "
                                  f"{options.warmup} --runs {options.runs} --engines {' '.join(engines)}")
-        result |= {"threads": threads, "rounds": options.rounds, "runs_per_round": options.runs, "tolerance": TOLERANCE,
+        result |= {"threads": threads, "rounds": options.rounds, "runs_per_round": options.runs, "nice": os.getpriority(os.PRIO_PROCESS, 0), "tolerance": TOLERANCE,
                    "models": {}}
         for model in measure.available(options.models):
             print(f"{model}, {threads} thread(s)", file=sys.stderr)

@@ -16,6 +16,7 @@ RESULTS = REPOSITORY / "bench" / "results"
 DATA = pathlib.Path(os.environ.get("LIGHTER_TEST_DATA", "~/.cache/lighter-test-data")).expanduser()
 PEERS = REPOSITORY / "bench" / "peers" / "target" / "release"
 LIGHTER = pathlib.Path(os.environ.get("LIGHTER", REPOSITORY / "target" / "release" / "lighter"))
+SIBLINGS = pathlib.Path("/sys/devices/system/cpu/cpu0/topology/thread_siblings_list")
 ISA = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "avx_vnni", "amx_tile", "amx_int8", "amx_bf16")
 # The order of the tables.
 MODELS = ("efficientnet-lite0", "mobilenet-v2", "mobilenet-v3-small", "resnet-18", "resnet-50", "squeezenet-1.1",
@@ -35,6 +36,15 @@ def text(command):
         return ""
 
 
+def cpu_list(text):
+    """The CPUs of a kernel list such as "0-1,4"."""
+    found = []
+    for part in text.strip().split(","):
+        first, _, last = part.partition("-")
+        found += range(int(first), int(last or first) + 1)
+    return found
+
+
 def machine():
     """The kind of machine, never its name."""
     cpu = pathlib.Path("/proc/cpuinfo").read_text()
@@ -43,7 +53,7 @@ def machine():
     memory = int(re.search(r"MemTotal:\s+(\d+)", pathlib.Path("/proc/meminfo").read_text())[1]) * 1024
     return {
         "cpu": field("model name"), "cpu_family_model": f"{field('cpu family')}/{field('model')}",
-        "cores": os.cpu_count(), "isa": [f for f in ISA if f in flags], "memory_bytes": memory,
+        "cores": os.cpu_count(), "threads_per_core": len(cpu_list(SIBLINGS.read_text())) if SIBLINGS.exists() else None, "isa": [f for f in ISA if f in flags], "memory_bytes": memory,
         "kernel": platform.release().split("-")[0], "load_average_at_start": os.getloadavg()[0],
     }
 

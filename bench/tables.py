@@ -30,8 +30,9 @@ def provenance(result):
     load = f"{machine['load_average_at_start']:.1f}"
     if "load_average_at_end" in machine:
         load += f" to {machine['load_average_at_end']:.1f}"
+    smt = f" ({machine['threads_per_core']} threads to a core)" if machine.get("threads_per_core", 1) != 1 else ""
     return (f"{result['date']}, commit {result['commit']}, {machine['cpu']} (family/model {machine['cpu_family_model']}), "
-            f"{machine['cores']} cores, {', '.join(machine['isa'])}; load average {load}.  \n"
+            f"{machine['cores']} cores{smt}, {', '.join(machine['isa'])}; load average {load}.  \n"
             f"Command: `{result['command']}`.")
 
 
@@ -46,6 +47,13 @@ def versions(result):
 
 def geometric_mean(values):
     return math.exp(statistics.fmean(math.log(v) for v in values))
+
+
+def ratio(values, base, kind):
+    """To onnxruntime. Of medians: the median over the rounds of each round's own ratio, so that a busy minute cancels out."""
+    if kind == "best_seconds":
+        return values[kind] / base[kind]
+    return statistics.median(a / b for a, b in zip(values["round_seconds"], base["round_seconds"]))
 
 
 def latency(threads):
@@ -66,8 +74,8 @@ def latency(threads):
             cell = f"{values['median_seconds'] * 1e3:.2f}"
             if engine != "onnxruntime" and "median_seconds" in base:
                 for kind in ("median_seconds", "best_seconds"):
-                    ratios[engine, kind].append((values[kind] / base[kind], model))
-                cell += f" ({values['median_seconds'] / base['median_seconds']:.2f}; {values['best_seconds'] / base['best_seconds']:.2f})"
+                    ratios[engine, kind].append((ratio(values, base, kind), model))
+                cell += f" ({ratio(values, base, 'median_seconds'):.2f}; {ratio(values, base, 'best_seconds'):.2f})"
                 error = values.get("relative_error")
                 if error is not None and error > result["tolerance"]:
                     cell += " ¹"
@@ -86,7 +94,7 @@ def latency(threads):
         mean.append(f"{geometric_mean([r for r, _ in pairs]):.2f}; {geometric_mean([r for r, _ in best]):.2f}")
         worst.append(f"{max(pairs)[0]:.2f} ({max(pairs)[1]}); {max(best)[0]:.2f} ({max(best)[1]})")
     text = [table(["model", *(f"{e}, ms" for e in engines)], [*rows, mean, worst]), ""]
-    text.append(f"Median milliseconds; in brackets the ratio to onnxruntime of the medians, then of the fastest runs. {versions(result)}.")
+    text.append(f"Median milliseconds; in brackets the ratio to onnxruntime (median over the rounds), then that of the fastest runs. {versions(result)}.")
     if "lighter" in engines and ratios["lighter", "median_seconds"]:
         for kind, name in (("median_seconds", "medians"), ("best_seconds", "fastest runs")):
             ours = [r for r, _ in ratios["lighter", kind]]
