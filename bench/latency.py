@@ -9,13 +9,14 @@ Each round starts every engine once, in its own process, one after the other and
 model, warms up, and times some runs. The figure of a round is the median of its runs, the figure of an engine the median
 over the rounds; the fastest single run stands beside it, because on a shared machine it is the steadier of the two.
 Outputs are compared with onnxruntime's of the same round.
-Writes bench/results/latency-<threads>t.json and renders docs/performance.md from what is in bench/results.
+Writes bench/results/latency-<threads>t.json (with --neighbours N: latency-<threads>t-busy.json) and renders docs/performance.md from what is in bench/results.
 """
 
 import argparse
 import os
 import pathlib
 import statistics
+import subprocess
 import sys
 import tempfile
 
@@ -77,6 +78,22 @@ def measure_model(model, engines, threads, options):
     return results
 
 
+def measure_threads(threads, engines, options):
+    arguments = (f"--threads {threads} --rounds {options.rounds} --warmup {options.warmup} --runs {options.runs} "
+                 f"--engines {' '.join(engines)}")
+    if options.neighbours:
+        arguments += f" --neighbours {options.neighbours}"
+    result = measure.heading(f"bench/latency.py {arguments}") | {
+        "threads": threads, "rounds": options.rounds, "runs_per_round": options.runs, "neighbours": options.neighbours,
+        "nice": os.getpriority(os.PRIO_PROCESS, 0), "tolerance": TOLERANCE, "models": {},
+    }
+    for model in measure.available(options.models):
+        print(f"{model}, {threads} thread(s)", file=sys.stderr)
+        result["models"][model] = measure_model(model, engines, threads, options)
+    result["machine"]["load_average_at_end"] = os.getloadavg()[0]
+    measure.write_result(f"latency-{threads}t{'-busy' if options.neighbours else ''}.json", result)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
@@ -86,6 +103,7 @@ def main():
     parser.add_argument("--engines", nargs="+", default=list(ENGINES), choices=ENGINES)
     parser.add_argument("--models", nargs="+", default=list(measure.MODELS))
     parser.add_argument("--priority", type=int, help="nice value of the measured processes; below 0 needs root")
+    parser.add_argument("--neighbours", type=int, default=0, help="busy foreign processes beside the measured one")
     parser.add_argument("--no-render", action="store_true", help="leave docs/ alone")
     options = parser.parse_args()
     engines = list(options.engines)
@@ -94,16 +112,14 @@ def main():
         engines.remove("lighter")
     if options.priority is not None:
         os.setpriority(os.PRIO_PROCESS, 0, options.priority)
-    for threads in options.threads:
-        result = measure.heading(f"bench/latency.py --threads {threads} --rounds {options.rounds} --warmup "
-                                 f"{options.warmup} --runs {options.runs} --engines {' '.join(engines)}")
-        result |= {"threads": threads, "rounds": options.rounds, "runs_per_round": options.runs, "nice": os.getpriority(os.PRIO_PROCESS, 0), "tolerance": TOLERANCE,
-                   "models": {}}
-        for model in measure.available(options.models):
-            print(f"{model}, {threads} thread(s)", file=sys.stderr)
-            result["models"][model] = measure_model(model, engines, threads, options)
-        result["machine"]["load_average_at_end"] = os.getloadavg()[0]
-        measure.write_result(f"latency-{threads}t.json", result)
+    neighbours = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(options.neighbours)]
+    try:
+        for threads in options.threads:
+            measure_threads(threads, engines, options)
+    finally:
+        for neighbour in neighbours:
+            neighbour.kill()
+            neighbour.wait()
     if not options.no_render:
         tables.main()
 

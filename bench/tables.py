@@ -56,8 +56,8 @@ def ratio(values, base, kind):
     return statistics.median(a / b for a, b in zip(values["round_seconds"], base["round_seconds"]))
 
 
-def latency(threads):
-    result = load(f"latency-{threads}t")
+def latency(name):
+    result = load(f"latency-{name}")
     if result is None:
         return "Not measured yet.\n"
     engines = [e for e in ("lighter", *PEERS) if any(e in row for row in result["models"].values())]
@@ -266,7 +266,8 @@ def superseded():
 
 
 BLOCKS = {
-    "performance.md": {"latency-1t": lambda: latency(1), "latency-2t": lambda: latency(2), "memory": memory, "budget": budget},
+    "performance.md": {"latency-1t": lambda: latency("1t"), "latency-2t": lambda: latency("2t"),
+                       "latency-2t-busy": lambda: latency("2t-busy"), "memory": memory, "budget": budget},
     "conformance.md": {"summary": conformance_summary, "superseded": superseded,
                        "operators": conformance_operators, "missed": conformance_missed},
 }
