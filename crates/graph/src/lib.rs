@@ -32,6 +32,7 @@ mod tensor;
 mod text;
 mod verify;
 
+pub mod infer;
 pub mod passes;
 
 pub use constant::{Constant, SourceId, StoredTensor};
