@@ -1,5 +1,19 @@
 //! Rewrites of a graph into an equal, better graph.
 
+mod editor;
+mod fuse;
+mod layout;
+mod pipeline;
+mod simplify;
+
+pub use fuse::{
+    ActivationFusion, AttentionFusion, BatchNormFusion, ElementwiseFusion, EpilogueFusion,
+    NormalizationFusion, QuantizedFusion,
+};
+pub use layout::LayoutChoice;
+pub use pipeline::{PassReport, Pipeline, run_all};
+pub use simplify::Simplify;
+
 use crate::{Graph, GraphError, Node, StoredTensor, Tensor, TensorType};
 
 /// Computes a node whose operands are all known. The executor implements it; passes use it to fold constants.
