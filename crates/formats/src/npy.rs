@@ -420,6 +420,11 @@ fn zip_error(error: zip::result::ZipError) -> Error {
 
 /// Reads all arrays of an archive, in its order, each with its name (without `.npy`).
 pub fn read_npz<R: Read + Seek>(input: R) -> Result<Vec<(String, Tensor)>> {
+    read_npz_within(input, MAX_ARCHIVE_BYTES)
+}
+
+/// As [`read_npz`], refusing arrays whose unpacked elements take more than `limit` bytes together.
+pub fn read_npz_within<R: Read + Seek>(input: R, limit: u64) -> Result<Vec<(String, Tensor)>> {
     let mut archive = zip::ZipArchive::new(input).map_err(zip_error)?;
     if archive.len() > MAX_ENTRIES {
         return Err(Error::limit(
@@ -429,7 +434,7 @@ pub fn read_npz<R: Read + Seek>(input: R) -> Result<Vec<(String, Tensor)>> {
             MAX_ENTRIES as u64,
         ));
     }
-    let mut left = MAX_ARCHIVE_BYTES;
+    let mut left = limit.min(MAX_ARCHIVE_BYTES);
     let mut out: Vec<(String, Tensor)> = Vec::new();
     for index in 0..archive.len() {
         let mut entry = archive.by_index(index).map_err(zip_error)?;
@@ -566,6 +571,18 @@ mod tests {
             let read = read_npz(Cursor::new(file.into_inner())).unwrap();
             assert_eq!(read, [("a".to_owned(), a.clone()), ("layer/b".to_owned(), b.clone())]);
         }
+    }
+
+    #[test]
+    fn an_archive_that_unpacks_to_more_than_the_limit_is_refused() {
+        let zeros = Tensor::from_slice(&[100_000], &[0u8; 100_000]);
+        let mut file = Cursor::new(Vec::new());
+        write_npz([("a", &zeros), ("b", &zeros)], true, &mut file).unwrap();
+        let bytes = file.into_inner();
+        assert!(bytes.len() < 10_000, "it is packed");
+        assert_eq!(read_npz_within(Cursor::new(&bytes), 200_000).unwrap().len(), 2);
+        let error = read_npz_within(Cursor::new(&bytes), 199_999).unwrap_err();
+        assert!(matches!(error, Error::Limit { .. }), "{error}");
     }
 
     fn any_tensor() -> impl Strategy<Value = Tensor> {
