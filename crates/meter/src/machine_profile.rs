@@ -99,7 +99,7 @@ pub struct MachineProfile {
     pub memory_bandwidth: Vec<MemoryRate>,
     /// Single-precision matrix product, by threads ascending.
     pub gemm_f32: Vec<ComputeRate>,
-    /// 8-bit integer matrix product, by threads ascending.
+    /// 8-bit integer matrix product, by threads ascending; empty where it was not measured.
     pub gemm_int8: Vec<ComputeRate>,
     /// Disk reads.
     pub disk: Vec<DiskRate>,
@@ -128,7 +128,7 @@ impl MachineProfile {
             caches: host::caches(),
             memory_bandwidth: vec![MemoryRate { threads: 1, bytes_per_second: BytesPerSecond(6e9) }],
             gemm_f32: vec![ComputeRate { threads: 1, flops_per_second: FlopsPerSecond(20e9) }],
-            gemm_int8: vec![ComputeRate { threads: 1, flops_per_second: FlopsPerSecond(20e9) }],
+            gemm_int8: Vec::new(),
             disk: vec![
                 disk(Sequential, false, Bytes::kib(64), 150.0),
                 disk(Sequential, false, Bytes::mib(1), 200.0),
@@ -228,7 +228,6 @@ impl MachineProfile {
         for (name, empty) in [
             ("memory_bandwidth", self.memory_bandwidth.is_empty()),
             ("gemm_f32", self.gemm_f32.is_empty()),
-            ("gemm_int8", self.gemm_int8.is_empty()),
             ("disk", self.disk.is_empty()),
         ] {
             if empty {
@@ -253,10 +252,11 @@ impl MachineProfile {
             .map_or(FlopsPerSecond(20e9), |r| r.flops_per_second)
     }
 
-    /// 8-bit matrix rate with `threads`: the measured value at the most threads that are not more.
+    /// 8-bit matrix rate with `threads`: the measured value at the most threads that are not more, else the
+    /// single-precision rate, which every processor reaches with bytes too.
     pub fn gemm_int8_at(&self, threads: u32) -> FlopsPerSecond {
         at_threads(&self.gemm_int8, threads, |r| r.threads)
-            .map_or(FlopsPerSecond(20e9), |r| r.flops_per_second)
+            .map_or_else(|| self.gemm_f32_at(threads), |r| r.flops_per_second)
     }
 
     /// Disk rate for requests of `block`: the measured value at the largest block that is not larger, else the
@@ -320,6 +320,7 @@ mod tests {
         assert_eq!(profile.gemm_f32_at(3), FlopsPerSecond(2.0));
         assert_eq!(profile.gemm_f32_at(64), FlopsPerSecond(4.0));
         assert_eq!(profile.gemm_f32_at(0), FlopsPerSecond(1.0));
+        assert_eq!(profile.gemm_int8_at(2), FlopsPerSecond(2.0), "not measured, so the rate of f32");
         let random = |block| profile.disk_read_at(DiskPattern::Random, true, block);
         assert_eq!(random(Bytes::kib(512)), Some(BytesPerSecond(20e6)));
         assert_eq!(random(Bytes::kib(4)), Some(BytesPerSecond(20e6)));
