@@ -1,1 +1,39 @@
 //! Compute on slices that the caller owns.
+//!
+//! Activations lie **channels last** (`[height, width, channels]`, a pixel is a row), weights are packed once
+//! into panels by `pack_*` functions, and every buffer, scratch included, comes from the caller: no function
+//! allocates or does I/O. Work is shared out over a [`ThreadPool`]; results have the same bits for any number of
+//! threads and for any stripe of rows computed alone.
+//!
+//! ```
+//! use lightering_kernels::{Activation, Epilogue, ThreadPool, gemm, pack_kn, packed_len};
+//! let pool = ThreadPool::new(1);
+//! let (m, k, n) = (2, 3, 4);
+//! let a = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0];
+//! let b = [1.0; 12];
+//! let mut panels = vec![0.0; packed_len(k, n)];
+//! pack_kn(k, n, &b, n, &mut panels);
+//! let mut c = [0.0; 8];
+//! let epilogue = Epilogue { activation: Activation::Clip { min: 0.0, max: 10.0 }, ..Epilogue::NONE };
+//! gemm(&pool, m, n, k, &a, k, &panels, &mut c, n, &epilogue);
+//! assert_eq!(c, [6.0, 6.0, 6.0, 6.0, 10.0, 10.0, 10.0, 10.0]);
+//! ```
+//!
+//! Sizes are the caller's promise: a slice that is too short for the stated shape is a bug in the caller and
+//! panics at the entry of the function, before anything is written.
+
+pub mod arch;
+mod conv;
+mod depthwise;
+mod epilogue;
+mod gemm;
+mod math;
+mod pool;
+mod threads;
+
+pub use arch::Isa;
+pub use conv::{ConvInput, ConvShape, conv_packed_len, conv_scratch_len, conv2d, pack_conv};
+pub use epilogue::{Activation, Epilogue, Residual, activate};
+pub use gemm::{gemm, pack_kn, pack_nk, packed_len};
+pub use pool::{PoolKind, PoolShape, global_average_pool, pool2d};
+pub use threads::ThreadPool;
