@@ -56,3 +56,39 @@ fn every_case_is_read_and_written_back() {
     }
     assert!(models > 1500 && values > 4000, "{models} models, {values} values");
 }
+
+#[test]
+fn every_model_is_imported() {
+    use std::collections::BTreeMap;
+
+    use lightering_formats::{Error, onnx::import};
+    let Some(folder) = data_folder() else { return };
+    let mut refused: BTreeMap<String, Vec<String>> = BTreeMap::new();
+    let (mut imported, mut all) = (0, 0);
+    for suite in ["node", "simple", "pytorch-converted", "pytorch-operator", "light"] {
+        for case in std::fs::read_dir(folder.join(suite)).unwrap() {
+            let case = case.unwrap().path();
+            let path = if case.is_dir() { case.join("model.onnx") } else { case };
+            if path.extension().is_none_or(|e| e != "onnx") {
+                continue;
+            }
+            all += 1;
+            let file = ModelFile::open(&path).unwrap();
+            match import(&file) {
+                Ok(_) => imported += 1,
+                Err(Error::Unsupported { what, .. }) => {
+                    refused.entry(what).or_default().push(path.display().to_string());
+                }
+                Err(e) => panic!("{}: {e}", path.display()),
+            }
+        }
+    }
+    for (what, paths) in &refused {
+        eprintln!("{} x {what}: {}", paths.len(), paths[0]);
+    }
+    let expected = |what: &str| what.contains("preview.training");
+    let surprising: Vec<_> = refused.keys().filter(|what| !expected(what)).collect();
+    eprintln!("{imported} of {all} imported");
+    assert!(surprising.is_empty(), "{surprising:?}");
+    assert!(imported + 9 == all, "{imported} of {all}");
+}
