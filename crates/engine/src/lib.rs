@@ -4,7 +4,9 @@
 //! [`ByteSource`](lightering_tier::ByteSource) and asks the memory pool before it allocates.
 #![forbid(unsafe_code)]
 
+mod interpreter;
 pub mod ops;
 mod value;
 
+pub use interpreter::{Evaluator, execute_op, interpret, run_graph};
 pub use value::RuntimeValue;

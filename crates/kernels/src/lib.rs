@@ -28,6 +28,7 @@ mod depthwise;
 mod epilogue;
 mod gemm;
 mod math;
+pub mod ops;
 mod pool;
 mod threads;
 

@@ -1,12 +1,13 @@
 use std::sync::Arc;
 
+use lightering_kernels::ThreadPool;
 use lightering_meter::MemoryPool;
 use lightering_tier::ByteSource;
 
 /// What an operator may use besides its operands.
 pub struct OpContext<'a> {
-    /// Threads that may work at the same time, the caller counted.
-    pub threads: usize,
+    /// Who does the work.
+    pub threads: &'a ThreadPool,
     /// Where heap values are counted.
     pub memory: &'a MemoryPool,
     /// The stores that weights of control-flow bodies are read from.

@@ -5,12 +5,20 @@
 //! optionals, text, control flow, `NonZero` and the like), which returns fresh values. [`is_dynamic`] says which.
 
 mod context;
-mod view;
+mod dictionary;
+mod elementwise;
+mod linear;
+mod movement;
+mod operands;
+mod resampling;
+mod selection;
+mod statistics;
+mod windows;
 
 pub use context::OpContext;
-pub use view::{OpError, TensorView, TensorViewMut};
+pub use lightering_kernels::ops::{OpError, TensorView, TensorViewMut};
 
-use lightering_graph::{DType, Op, TensorType, ValueType};
+use lightering_graph::{DType, Op, TensorType, UnaryOp, ValueType};
 use lightering_units::Bytes;
 
 use crate::RuntimeValue;
@@ -30,8 +38,74 @@ pub fn compute(
     workspace: &mut [u8],
     context: &OpContext,
 ) -> Result<(), OpError> {
-    let _ = (inputs, outputs, workspace, context);
+    if outputs.is_empty() {
+        return Ok(());
+    }
     match op {
+        Op::Unary(_)
+        | Op::Binary(_)
+        | Op::Variadic(_)
+        | Op::Where
+        | Op::Clip
+        | Op::Cast { .. }
+        | Op::Elementwise(_) => elementwise::compute(op, inputs, only(outputs)?, context),
+        Op::MatMul(_) | Op::Gemm(_) | Op::Einsum { .. } | Op::Det => {
+            linear::compute(op, inputs, only(outputs)?, workspace, context)
+        }
+        Op::Conv(_)
+        | Op::ConvTranspose(_)
+        | Op::DeformConv { .. }
+        | Op::Col2Im { .. }
+        | Op::Pool(_)
+        | Op::GlobalPool { .. }
+        | Op::MaxUnpool { .. }
+        | Op::MaxRoiPool { .. }
+        | Op::RoiAlign(_) => windows::compute(op, inputs, outputs, context),
+        Op::BatchNorm { .. }
+        | Op::InstanceNorm { .. }
+        | Op::GroupNorm { .. }
+        | Op::LayerNorm { .. }
+        | Op::RmsNorm { .. }
+        | Op::LpNorm { .. }
+        | Op::MeanVarianceNorm { .. }
+        | Op::Lrn { .. }
+        | Op::Softmax { .. }
+        | Op::Hardmax { .. }
+        | Op::Reduce { .. }
+        | Op::ArgReduce { .. }
+        | Op::CumSum { .. } => statistics::compute(op, inputs, outputs, context),
+        Op::Reshape { .. }
+        | Op::Flatten { .. }
+        | Op::Squeeze
+        | Op::Unsqueeze
+        | Op::Transpose { .. }
+        | Op::Expand
+        | Op::Tile
+        | Op::Concat { .. }
+        | Op::Split { .. }
+        | Op::Slice
+        | Op::Pad { .. }
+        | Op::Gather { .. }
+        | Op::GatherElements { .. }
+        | Op::GatherNd { .. }
+        | Op::ScatterElements { .. }
+        | Op::ScatterNd { .. }
+        | Op::TensorScatter { .. }
+        | Op::DepthToSpace { .. }
+        | Op::SpaceToDepth { .. }
+        | Op::CenterCropPad { .. }
+        | Op::ReverseSequence { .. }
+        | Op::Trilu { .. }
+        | Op::EyeLike { .. }
+        | Op::OneHot { .. }
+        | Op::Range
+        | Op::ConstantOfShape { .. }
+        | Op::Shape { .. }
+        | Op::Size
+        | Op::TopK { .. } => movement::compute(op, inputs, outputs, workspace, context),
+        Op::Resize(_) | Op::GridSample { .. } | Op::AffineGrid { .. } => {
+            resampling::compute(op, inputs, only(outputs)?, context)
+        }
         // Recurrent layers, attention, quantisation, losses, random numbers, signals, classical machine learning.
         Op::Attention(_) | Op::RotaryEmbedding { .. } => Err(no_kernel(op)),
         Op::Rnn(_) | Op::Lstm(_) | Op::Gru(_) => Err(no_kernel(op)),
@@ -60,8 +134,10 @@ pub fn workspace_bytes(
     outputs: &[Option<&TensorType>],
     threads: usize,
 ) -> Bytes {
-    let _ = (inputs, outputs, threads);
+    let _ = (outputs, threads);
     match op {
+        Op::Det => Bytes(linear::workspace_bytes(op, inputs) as u64),
+        Op::TopK { .. } => Bytes(movement::workspace_bytes(op, inputs) as u64),
         Op::Attention(_) | Op::RotaryEmbedding { .. } => Bytes::ZERO,
         Op::Rnn(_) | Op::Lstm(_) | Op::Gru(_) => Bytes::ZERO,
         Op::MatMulInteger | Op::QLinearMatMul(_) | Op::ConvInteger(_) | Op::QLinearConv(_) => Bytes::ZERO,
@@ -84,8 +160,14 @@ pub fn compute_dynamic(
     outputs_wanted: &[bool],
     context: &OpContext,
 ) -> Result<Vec<Option<RuntimeValue>>, OpError> {
-    let _ = (inputs, outputs_wanted, context);
+    let has_text = inputs.iter().flatten().any(|v| v.tensor().is_some_and(|t| t.dtype() == DType::String));
     match op {
+        Op::Unary(UnaryOp::Identity) => Ok(vec![inputs.first().copied().flatten().cloned()]),
+        Op::Cast { to, saturate } => dictionary::cast(*to, *saturate, inputs, context),
+        _ if has_text && dictionary::handles(op) => dictionary::compute(op, inputs, outputs_wanted, context),
+        Op::NonZero | Op::Compress { .. } | Op::Unique { .. } => {
+            selection::compute(op, inputs, outputs_wanted, context)
+        }
         Op::If { .. } | Op::Loop { .. } | Op::Scan { .. } | Op::SequenceMap { .. } => Err(no_kernel(op)),
         Op::SequenceConstruct
         | Op::SequenceEmpty { .. }
@@ -150,6 +232,13 @@ pub fn is_dynamic(op: &Op, inputs: &[Option<&ValueType>]) -> bool {
 /// ML operators may yield text or maps from numbers.
 fn ml_is_dynamic(op: &Op) -> bool {
     matches!(op, Op::Ml(_))
+}
+
+/// The first result, which most operators cannot do without.
+fn only<'o, 'v>(outputs: &'o mut [Option<TensorViewMut<'v>>]) -> Result<&'o mut TensorViewMut<'v>, OpError> {
+    outputs.first_mut().and_then(Option::as_mut).ok_or_else(|| {
+        OpError::Invalid("the first result is not wanted, so there is nothing to compute".to_owned())
+    })
 }
 
 /// The error for an operator that has no kernel here.

@@ -1,5 +1,5 @@
 use bytemuck::Pod;
-use lightering_graph::DType;
+use lightering_units::DType;
 
 /// A tensor that somebody else owns: contiguous, row-major, at least 8-byte aligned.
 #[derive(Clone, Copy, Debug)]
@@ -24,6 +24,16 @@ pub struct TensorViewMut<'a> {
 }
 
 impl<'a> TensorView<'a> {
+    /// Number of elements.
+    pub fn len(&self) -> usize {
+        self.dims.iter().product()
+    }
+
+    /// True when a dimension is 0.
+    pub fn is_empty(&self) -> bool {
+        self.dims.contains(&0)
+    }
+
     /// The elements as `T`, which must be as wide as the element type.
     ///
     /// # Panics
@@ -35,6 +45,26 @@ impl<'a> TensorView<'a> {
 }
 
 impl TensorViewMut<'_> {
+    /// Number of elements.
+    pub fn len(&self) -> usize {
+        self.dims.iter().product()
+    }
+
+    /// True when a dimension is 0.
+    pub fn is_empty(&self) -> bool {
+        self.dims.contains(&0)
+    }
+
+    /// The same tensor, to be read.
+    pub fn as_view(&self) -> TensorView<'_> {
+        TensorView { dtype: self.dtype, dims: self.dims, bytes: self.bytes }
+    }
+
+    /// The same tensor for a shorter time.
+    pub fn reborrow(&mut self) -> TensorViewMut<'_> {
+        TensorViewMut { dtype: self.dtype, dims: self.dims, bytes: self.bytes }
+    }
+
     /// The elements, to be overwritten.
     ///
     /// # Panics
