@@ -111,8 +111,16 @@ fn choice(
             Ok(output_types(else_body))
         }
         None => {
-            infer_body(then_body, &arguments, depth + 1)?;
-            infer_body(else_body, &arguments, depth + 1)?;
+            let first = infer_body(then_body, &arguments, depth + 1);
+            let second = infer_body(else_body, &arguments, depth + 1);
+            // Models choose between branches of which one cannot run for the shape at hand (squeeze this axis if its
+            // size is 1): the results are then those of the other.
+            match (first, second) {
+                (Err(e), Err(_)) => return Err(e.into()),
+                (Ok(()), Err(_)) => return Ok(output_types(then_body)),
+                (Err(_), Ok(())) => return Ok(output_types(else_body)),
+                (Ok(()), Ok(())) => {}
+            }
             let branches = output_types(then_body).into_iter().zip(output_types(else_body));
             branches
                 .map(|(a, b)| {

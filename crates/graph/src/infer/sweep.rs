@@ -103,7 +103,7 @@ impl Graph {
     /// constants. Whatever stood there before is replaced.
     ///
     /// Only constants are looked at, not computed ones, but simple shape arithmetic is followed, symbols included;
-    /// constant folding resolves the rest.
+    /// [`Fold`](crate::passes::Fold) resolves the rest.
     ///
     /// # Errors
     /// The first node whose operands contradict its operator.

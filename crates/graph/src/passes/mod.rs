@@ -1,11 +1,18 @@
 //! Rewrites of a graph into an equal, better graph.
 
+mod bind;
+mod common_subexpression;
+mod dead_code;
 mod editor;
+mod fold;
 mod fuse;
 mod layout;
 mod pipeline;
 mod simplify;
 
+pub use common_subexpression::CommonSubexpression;
+pub use dead_code::DeadCode;
+pub use fold::{Fold, INLINE_MAX};
 pub use fuse::{
     ActivationFusion, AttentionFusion, BatchNormFusion, ElementwiseFusion, EpilogueFusion,
     NormalizationFusion, QuantizedFusion,
