@@ -22,6 +22,7 @@
 #![forbid(unsafe_code)]
 
 mod constant;
+pub mod cost;
 mod error;
 mod graph;
 mod op;
@@ -36,6 +37,7 @@ pub mod infer;
 pub mod passes;
 
 pub use constant::{Constant, SourceId, StoredTensor};
+pub use cost::Cost;
 pub use error::GraphError;
 pub use graph::{Graph, Node, NodeId, Value, ValueId, ValueKind};
 pub use lightering_units::DType;
