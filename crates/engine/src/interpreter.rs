@@ -163,7 +163,7 @@ pub fn interpret(
     pool: &MemoryPool,
     threads: &ThreadPool,
 ) -> Result<Vec<RuntimeValue>, OpError> {
-    let context = OpContext { threads, memory: pool, sources, seed: 0, nesting: 0 };
+    let context = OpContext { threads, memory: pool, sources, seed: 0, images: None, nesting: 0 };
     let lent: Vec<(ValueId, &RuntimeValue)> = inputs.iter().map(|(id, v)| (*id, v)).collect();
     run_graph(graph, &lent, &context)
 }
@@ -337,6 +337,7 @@ impl Evaluate for Evaluator {
             memory: &self.memory,
             sources: &self.sources.0,
             seed: 0,
+            images: None,
             nesting: 0,
         };
         let all = vec![true; node.outputs.len()];

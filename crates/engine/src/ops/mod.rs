@@ -4,18 +4,32 @@
 //! the results, from the plan's arena or from the counted heap), and [`compute_dynamic`] for the rest (sequences,
 //! optionals, text, control flow, `NonZero` and the like), which returns fresh values. [`is_dynamic`] says which.
 
+mod attention;
 mod context;
+mod control_flow;
+mod detection;
 mod dictionary;
 mod elementwise;
+mod heap;
+mod joining;
 mod linear;
+mod loss;
+mod ml;
 mod movement;
 mod operands;
+mod quantization;
+mod random;
+mod recurrent;
 mod resampling;
 mod selection;
+mod sequence;
+mod signal;
 mod statistics;
+mod text;
+mod trees;
 mod windows;
 
-pub use context::OpContext;
+pub use context::{ImageDecoder, OpContext};
 pub use lightering_kernels::ops::{OpError, TensorView, TensorViewMut};
 
 use lightering_graph::{DType, Op, TensorType, UnaryOp, ValueType};
@@ -107,22 +121,29 @@ pub fn compute(
             resampling::compute(op, inputs, only(outputs)?, context)
         }
         // Recurrent layers, attention, quantisation, losses, random numbers, signals, classical machine learning.
-        Op::Attention(_) | Op::RotaryEmbedding { .. } => Err(no_kernel(op)),
-        Op::Rnn(_) | Op::Lstm(_) | Op::Gru(_) => Err(no_kernel(op)),
-        Op::QuantizeLinear(_) | Op::DequantizeLinear(_) | Op::DynamicQuantizeLinear => Err(no_kernel(op)),
-        Op::MatMulInteger | Op::QLinearMatMul(_) | Op::ConvInteger(_) | Op::QLinearConv(_) => {
-            Err(no_kernel(op))
+        Op::Attention(_) | Op::RotaryEmbedding { .. } => {
+            attention::compute(op, inputs, outputs, workspace, context.threads)
         }
+        Op::Rnn(_) | Op::Lstm(_) | Op::Gru(_) => {
+            recurrent::compute(op, inputs, outputs, workspace, context.threads)
+        }
+        Op::QuantizeLinear(_)
+        | Op::DequantizeLinear(_)
+        | Op::DynamicQuantizeLinear
+        | Op::MatMulInteger
+        | Op::QLinearMatMul(_)
+        | Op::ConvInteger(_)
+        | Op::QLinearConv(_) => quantization::compute(op, inputs, outputs, workspace),
         Op::QLinearUnary(_) | Op::QLinearBinary { .. } | Op::QLinearPool(_) => Err(no_kernel(op)),
-        Op::NllLoss(_) | Op::SoftmaxCrossEntropyLoss(_) => Err(no_kernel(op)),
+        Op::NllLoss(_) | Op::SoftmaxCrossEntropyLoss(_) => loss::compute(op, inputs, outputs),
         Op::Random(_) | Op::Bernoulli { .. } | Op::Multinomial { .. } | Op::Dropout { .. } => {
-            Err(no_kernel(op))
+            random::compute(op, inputs, outputs, context)
         }
         Op::Dft { .. } | Op::Stft { .. } | Op::MelWeightMatrix { .. } | Op::Window { .. } => {
-            Err(no_kernel(op))
+            signal::compute(op, inputs, outputs, workspace)
         }
-        Op::TfIdfVectorizer(_) => Err(no_kernel(op)),
-        Op::Ml(_) => Err(no_kernel(op)),
+        Op::TfIdfVectorizer(_) => text::compute(op, inputs, outputs),
+        Op::Ml(ml) => ml::compute(ml, inputs, outputs, context.threads),
         _ => Err(no_kernel(op)),
     }
 }
@@ -134,16 +155,13 @@ pub fn workspace_bytes(
     outputs: &[Option<&TensorType>],
     threads: usize,
 ) -> Bytes {
-    let _ = (outputs, threads);
     match op {
         Op::Det => Bytes(linear::workspace_bytes(op, inputs) as u64),
         Op::TopK { .. } => Bytes(movement::workspace_bytes(op, inputs) as u64),
-        Op::Attention(_) | Op::RotaryEmbedding { .. } => Bytes::ZERO,
-        Op::Rnn(_) | Op::Lstm(_) | Op::Gru(_) => Bytes::ZERO,
-        Op::MatMulInteger | Op::QLinearMatMul(_) | Op::ConvInteger(_) | Op::QLinearConv(_) => Bytes::ZERO,
-        Op::QLinearUnary(_) | Op::QLinearBinary { .. } | Op::QLinearPool(_) => Bytes::ZERO,
-        Op::NllLoss(_) | Op::SoftmaxCrossEntropyLoss(_) => Bytes::ZERO,
-        Op::Dft { .. } | Op::Stft { .. } => Bytes::ZERO,
+        Op::Attention(_) => attention::workspace_bytes(op, inputs, threads),
+        Op::Rnn(_) | Op::Lstm(_) | Op::Gru(_) => recurrent::workspace_bytes(op, inputs, outputs),
+        Op::QLinearMatMul(_) | Op::QLinearConv(_) => quantization::workspace_bytes(op, inputs, outputs),
+        Op::Dft { .. } | Op::Stft { .. } => signal::workspace_bytes(op, outputs),
         _ => Bytes::ZERO,
     }
 }
@@ -168,7 +186,9 @@ pub fn compute_dynamic(
         Op::NonZero | Op::Compress { .. } | Op::Unique { .. } => {
             selection::compute(op, inputs, outputs_wanted, context)
         }
-        Op::If { .. } | Op::Loop { .. } | Op::Scan { .. } | Op::SequenceMap { .. } => Err(no_kernel(op)),
+        Op::If { .. } | Op::Loop { .. } | Op::Scan { .. } | Op::SequenceMap { .. } => {
+            control_flow::compute_dynamic(op, inputs, outputs_wanted, context)
+        }
         Op::SequenceConstruct
         | Op::SequenceEmpty { .. }
         | Op::SequenceAt
@@ -176,16 +196,18 @@ pub fn compute_dynamic(
         | Op::SequenceInsert
         | Op::SequenceLength
         | Op::ConcatFromSequence { .. }
-        | Op::SplitToSequence { .. } => Err(no_kernel(op)),
-        Op::OptionalConstruct { .. } | Op::OptionalGetElement | Op::OptionalHasElement => Err(no_kernel(op)),
-        Op::NonMaxSuppression { .. } => Err(no_kernel(op)),
+        | Op::SplitToSequence { .. }
+        | Op::OptionalConstruct { .. }
+        | Op::OptionalGetElement
+        | Op::OptionalHasElement => sequence::compute_dynamic(op, inputs, context),
+        Op::NonMaxSuppression { .. } => detection::compute_dynamic(op, inputs, context),
         Op::StringNormalizer(_)
         | Op::StringConcat
         | Op::StringSplit { .. }
         | Op::RegexFullMatch { .. }
-        | Op::TfIdfVectorizer(_) => Err(no_kernel(op)),
-        Op::ImageDecode { .. } => Err(no_kernel(op)),
-        Op::Ml(_) => Err(no_kernel(op)),
+        | Op::TfIdfVectorizer(_)
+        | Op::ImageDecode { .. } => text::compute_dynamic(op, inputs, outputs_wanted, context),
+        Op::Ml(ml) => ml::compute_dynamic(ml, inputs, outputs_wanted, context),
         _ => Err(no_kernel(op)),
     }
 }
@@ -225,13 +247,8 @@ pub fn is_dynamic(op: &Op, inputs: &[Option<&ValueType>]) -> bool {
             | Op::Cast { to: DType::String, .. }
     );
     always
-        || ml_is_dynamic(op)
+        || matches!(op, Op::Ml(ml) if ml::is_dynamic(ml, inputs))
         || inputs.iter().flatten().any(|ty| !matches!(ty, ValueType::Tensor(t) if t.dtype != DType::String))
-}
-
-/// ML operators may yield text or maps from numbers.
-fn ml_is_dynamic(op: &Op) -> bool {
-    matches!(op, Op::Ml(_))
 }
 
 /// The first result, which most operators cannot do without.

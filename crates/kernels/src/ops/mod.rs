@@ -3,17 +3,27 @@
 //! They are correct and broad first; the fast kernels for the element type and layout that matter most live beside
 //! this module. Most of them compute on blocks in one of four compute types, see [`block`].
 
+pub mod attention;
 mod binary;
 pub mod block;
 mod cast;
 mod convolution;
 pub mod float8;
+pub mod fourier;
+pub mod integer_product;
 mod linear;
+pub mod loss;
 mod movement;
 mod normalisation;
 mod pooling;
+pub mod quantize;
+pub mod random;
+pub mod real;
+pub mod recurrent;
 mod reduction;
 mod resampling;
+pub mod rows;
+pub mod suppression;
 pub(crate) mod tile;
 mod unary;
 mod view;
