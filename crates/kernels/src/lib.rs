@@ -25,16 +25,32 @@
 pub mod arch;
 mod conv;
 mod depthwise;
+mod elementwise;
 mod epilogue;
 mod gemm;
+mod int8;
+mod layout;
 mod math;
+mod matmul;
+mod norm;
 pub mod ops;
 mod pool;
 mod threads;
 
 pub use arch::Isa;
 pub use conv::{ConvInput, ConvShape, conv_packed_len, conv_scratch_len, conv2d, pack_conv};
+pub use elementwise::{Binary, Operand, Step, elementwise};
 pub use epilogue::{Activation, Epilogue, Residual, activate};
 pub use gemm::{gemm, pack_kn, pack_nk, packed_len};
+pub use int8::{
+    ByteInput, ByteOutput, ByteWeights, conv_packed_bytes_len, conv2d_bytes, gemm_bytes, pack_bytes,
+    pack_conv_bytes, packed_bytes_len,
+};
+pub use layout::transpose;
+pub use matmul::{
+    AttentionMask, AttentionShape, HeadStrides, Matrices, attention, attention_scratch_len, matmul,
+    matmul_scratch_len,
+};
+pub use norm::{layer_norm, rms_norm, softmax};
 pub use pool::{PoolKind, PoolShape, global_average_pool, pool2d};
 pub use threads::ThreadPool;

@@ -8,12 +8,14 @@
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+mod int8;
 mod portable;
 
 #[cfg(target_arch = "x86_64")]
 pub use avx2::Avx2;
 #[cfg(target_arch = "x86_64")]
 pub use avx512::Avx512;
+pub(crate) use int8::{ByteKernel, Bytes, dispatch_bytes};
 pub use portable::Portable;
 
 use std::sync::OnceLock;
@@ -85,16 +87,16 @@ pub fn dispatch<K: Kernel>(isa: Isa, kernel: K) -> K::Output {
         if isa >= Isa::Avx512
             && let Some(token) = Avx512::detect()
         {
-            return token.vectorize(kernel);
+            return Simd::vectorize(token, kernel);
         }
         if isa >= Isa::Avx2
             && let Some(token) = Avx2::detect()
         {
-            return token.vectorize(kernel);
+            return Simd::vectorize(token, kernel);
         }
     }
     let _ = isa;
-    Portable.vectorize(kernel)
+    Simd::vectorize(Portable, kernel)
 }
 
 /// Vectors of `LANES` f32 values and the operations that kernels need.

@@ -66,17 +66,17 @@ impl ConvShape {
         start..last.saturating_sub(self.pads[0]).clamp(start, self.in_h)
     }
 
-    fn check(&self) {
+    pub(crate) fn check(&self) {
         let g = self.groups;
         assert!(
-            g > 0 && self.in_c % g == 0 && self.out_c % g == 0,
+            g > 0 && self.in_c.is_multiple_of(g) && self.out_c.is_multiple_of(g),
             "groups must divide the channels: {self:?}"
         );
         let positive = self.kernel.iter().chain(&self.stride).chain(&self.dilation).all(|&x| x > 0);
         assert!(positive, "kernel, stride and dilation must be positive: {self:?}");
     }
 
-    fn k(&self) -> usize {
+    pub(crate) fn k(&self) -> usize {
         self.kernel[0] * self.kernel[1] * (self.in_c / self.groups)
     }
 }
@@ -181,26 +181,28 @@ pub fn conv_scratch_len(shape: &ConvShape, planes: bool, threads: usize) -> usiz
 
 /// Rows of A gathered from the taps of a convolution.
 #[derive(Clone, Copy)]
-struct Taps {
+pub(crate) struct Taps<T> {
     /// Where pixel (0, 0) of the whole image would be.
-    data: *const f32,
-    pixel_stride: usize,
-    h: usize,
-    w: usize,
-    out_w: usize,
-    first_out_row: usize,
-    kernel: [usize; 2],
-    stride: [usize; 2],
-    dilation: [usize; 2],
-    pads: [usize; 2],
-    run: usize,
-    padded: bool,
+    pub(crate) data: *const T,
+    /// What pixels outside the image are: at least `ZEROS_LEN` values or a whole run.
+    pub(crate) outside: *const T,
+    pub(crate) pixel_stride: usize,
+    pub(crate) h: usize,
+    pub(crate) w: usize,
+    pub(crate) out_w: usize,
+    pub(crate) first_out_row: usize,
+    pub(crate) kernel: [usize; 2],
+    pub(crate) stride: [usize; 2],
+    pub(crate) dilation: [usize; 2],
+    pub(crate) pads: [usize; 2],
+    pub(crate) run: usize,
+    pub(crate) padded: bool,
 }
 
 // SAFETY: the data is only read.
-unsafe impl Sync for Taps {}
+unsafe impl<T: Sync> Sync for Taps<T> {}
 
-impl RowSource for Taps {
+impl<T: Sync> RowSource<T> for Taps<T> {
     fn taps(&self) -> usize {
         self.kernel[0] * self.kernel[1]
     }
@@ -221,7 +223,7 @@ impl RowSource for Taps {
         tap: usize,
         taps: usize,
         offset: usize,
-        out: *mut *const f32,
+        out: *mut *const T,
     ) {
         let (mut y, mut x) = (row / self.out_w, row % self.out_w);
         let kernel_w = self.kernel[1];
@@ -237,7 +239,7 @@ impl RowSource for Taps {
                 let ix = left.wrapping_add(kx * self.dilation[1]);
                 let index = iy.wrapping_mul(self.w).wrapping_add(ix).wrapping_mul(self.pixel_stride);
                 let inside = self.data.wrapping_add(index.wrapping_add(offset));
-                let pointer = if iy < self.h && ix < self.w { inside } else { zeros() };
+                let pointer = if iy < self.h && ix < self.w { inside } else { self.outside };
                 // SAFETY: the caller vouches for `out`.
                 unsafe { *out.add(t * rows + r) = pointer };
                 kx += 1;
@@ -335,6 +337,7 @@ pub fn conv2d(
     let panels = out_c.div_ceil(crate::gemm::PANEL);
     let source = Taps {
         data: origin,
+        outside: zeros(),
         pixel_stride,
         h: shape.in_h,
         w: shape.in_w,
@@ -420,6 +423,7 @@ fn padded(
         let product = Product {
             source: Taps {
                 data: copy.as_ptr(),
+                outside: zeros(),
                 pixel_stride: shape.in_c,
                 h: plan.rows,
                 w: plan.width,

@@ -9,7 +9,7 @@
 //! on blocking, on the other rows of the call, or on the number of threads.
 
 mod pack;
-mod tile;
+pub(crate) mod tile;
 
 pub(crate) use pack::pack_with;
 pub use pack::{pack_kn, pack_nk, packed_len};
@@ -43,7 +43,7 @@ pub(crate) fn zeros() -> *const f32 {
 }
 
 /// Where the rows of A are: row `m` of A is `taps` segments of `run` contiguous values.
-pub(crate) trait RowSource: Sync {
+pub(crate) trait RowSource<T>: Sync {
     fn taps(&self) -> usize;
     fn run(&self) -> usize;
     /// Distinct values of A per output row, for the choice of block sizes.
@@ -61,22 +61,22 @@ pub(crate) trait RowSource: Sync {
         tap: usize,
         taps: usize,
         offset: usize,
-        out: *mut *const f32,
+        out: *mut *const T,
     );
 }
 
 /// Rows at a constant distance.
 #[derive(Clone, Copy)]
-pub(crate) struct Strided {
-    pub(crate) data: *const f32,
+pub(crate) struct Strided<T> {
+    pub(crate) data: *const T,
     pub(crate) stride: usize,
     pub(crate) k: usize,
 }
 
 // SAFETY: the data is only read.
-unsafe impl Sync for Strided {}
+unsafe impl<T: Sync> Sync for Strided<T> {}
 
-impl RowSource for Strided {
+impl<T: Sync> RowSource<T> for Strided<T> {
     fn taps(&self) -> usize {
         1
     }
@@ -97,7 +97,7 @@ impl RowSource for Strided {
         _: usize,
         _: usize,
         offset: usize,
-        out: *mut *const f32,
+        out: *mut *const T,
     ) {
         for r in 0..rows {
             // SAFETY: the caller vouches for the rows and for `out`.
@@ -132,9 +132,9 @@ pub(crate) struct Product<R> {
 }
 
 // SAFETY: `bias` and `residual` are only read; tasks write disjoint parts of `c`.
-unsafe impl<R: RowSource> Sync for Product<R> {}
+unsafe impl<R: RowSource<f32>> Sync for Product<R> {}
 
-impl<R: RowSource> Product<R> {
+impl<R: RowSource<f32>> Product<R> {
     /// Shares the product out over the pool; the slices behind the pointers must outlive the call.
     pub(crate) fn run(&self, pool: &ThreadPool) {
         let (row_step, panel_step) = self.partition(pool.threads());
@@ -179,7 +179,7 @@ struct Part<'a, R> {
     panels: Range<usize>,
 }
 
-impl<R: RowSource> Kernel for Part<'_, R> {
+impl<R: RowSource<f32>> Kernel for Part<'_, R> {
     type Output = ();
 
     #[inline(always)]

@@ -1,0 +1,414 @@
+//! Products and convolutions of bytes, accumulated exactly in i32.
+//!
+//! Activations are bytes, unsigned or signed, channels last; weights are signed bytes in panels of 64 columns,
+//! `[K / 4][width][4]`, every kernel tap padded to a multiple of four with zeros. With `a` the activations, `w`
+//! the weights and their zero points, the sum is `sum (a - a_zero) (w - w_zero) + bias`; pixels outside an image
+//! count as `a_zero`. What becomes of the sum is the [`ByteOutput`].
+
+mod depthwise;
+mod finish;
+mod tile;
+
+pub use finish::ByteOutput;
+
+use crate::arch::{ByteKernel, Bytes, dispatch_bytes};
+use crate::conv::{ConvShape, Taps};
+use crate::epilogue::check_rows;
+use crate::gemm::{GRAIN, PANEL, RowSource, Strided};
+use crate::threads::ThreadPool;
+use finish::{Columns, Sink};
+use std::ops::Range;
+use tile::{Tile, run_tile, tile_rows};
+
+/// Most kernel taps per tile.
+const SEGMENTS: usize = 64;
+const ROWS_MAX: usize = 12;
+/// Length of the row that stands for pixels outside the image; a multiple of four.
+const OUTSIDE: usize = 2048;
+
+/// Bytes of activations.
+#[derive(Clone, Copy, Debug)]
+pub struct ByteInput<'a> {
+    /// The bytes; signed ones in two's complement.
+    pub data: &'a [u8],
+    /// Whether the bytes are signed.
+    pub signed: bool,
+    /// The zero point.
+    pub zero: i32,
+    /// Distance between rows (pixels).
+    pub stride: usize,
+}
+
+/// Packed weights.
+#[derive(Clone, Copy, Debug)]
+pub struct ByteWeights<'a> {
+    /// From a `pack_*_bytes` function.
+    pub packed: &'a [i8],
+    /// Sum of each column's weights, from the same function.
+    pub sums: &'a [i32],
+    /// Zero point of each column, `None` for zeros. Unsigned weights are packed as `w - 128`, so 128 is
+    /// subtracted from their zero points, too.
+    pub zeros: Option<&'a [i32]>,
+}
+
+fn packed_len_runs(taps: usize, run: usize, n: usize) -> usize {
+    taps * run.next_multiple_of(4) * n.next_multiple_of(GRAIN)
+}
+
+/// Bytes that the panels of a `[k, n]` matrix take.
+pub fn packed_bytes_len(k: usize, n: usize) -> usize {
+    packed_len_runs(1, k, n)
+}
+
+fn pack_runs(
+    taps: usize,
+    run: usize,
+    n: usize,
+    out: &mut [i8],
+    sums: &mut [i32],
+    at: impl Fn(usize, usize, usize) -> i8,
+) {
+    let groups = run.div_ceil(4);
+    let mut rest = out;
+    for column in (0..n).step_by(PANEL) {
+        let columns = PANEL.min(n - column);
+        let width = columns.next_multiple_of(GRAIN);
+        let (panel, tail) = rest.split_at_mut(taps * groups * width * 4);
+        panel.fill(0);
+        for j in 0..columns {
+            let mut sum = 0i32;
+            for tap in 0..taps {
+                for k in 0..run {
+                    let w = at(tap, k, column + j);
+                    panel[((tap * groups + k / 4) * width + j) * 4 + k % 4] = w;
+                    sum = sum.wrapping_add(i32::from(w));
+                }
+            }
+            sums[column + j] = sum;
+        }
+        rest = tail;
+    }
+}
+
+fn signed_weight(byte: u8, signed: bool) -> i8 {
+    (if signed { byte } else { byte ^ 0x80 }) as i8
+}
+
+/// Packs B, `[k, n]` or, when `transposed`, `[n, k]`, into `out` of [`packed_bytes_len`]`(k, n)` bytes and
+/// `sums` of `n` values.
+///
+/// # Panics
+/// Panics when a slice is too short.
+pub fn pack_bytes(
+    k: usize,
+    n: usize,
+    b: &[u8],
+    signed: bool,
+    transposed: bool,
+    out: &mut [i8],
+    sums: &mut [i32],
+) {
+    assert!(b.len() >= k * n, "B has {} bytes, {} needed", b.len(), k * n);
+    pack_runs(1, k, n, &mut out[..packed_bytes_len(k, n)], &mut sums[..n], |_, row, column| {
+        signed_weight(b[if transposed { column * k + row } else { row * n + column }], signed)
+    });
+}
+
+/// Bytes that the packed weights of this layer take.
+pub fn conv_packed_bytes_len(shape: &ConvShape) -> usize {
+    let taps = shape.kernel[0] * shape.kernel[1];
+    if shape.is_depthwise() {
+        return taps * shape.out_c;
+    }
+    shape.groups * packed_len_runs(taps, shape.in_c / shape.groups, shape.out_c / shape.groups)
+}
+
+/// Packs weights given as `[out_c, in_c / groups, kernel_h, kernel_w]` into `out` of [`conv_packed_bytes_len`]
+/// bytes and `sums` of `out_c` values.
+///
+/// # Panics
+/// Panics when a slice is too short or the shape is not consistent.
+pub fn pack_conv_bytes(shape: &ConvShape, weights: &[u8], signed: bool, out: &mut [i8], sums: &mut [i32]) {
+    shape.check();
+    let taps = shape.kernel[0] * shape.kernel[1];
+    let (run, columns) = (shape.in_c / shape.groups, shape.out_c / shape.groups);
+    assert!(weights.len() >= shape.out_c * run * taps, "{} weights for {shape:?}", weights.len());
+    let out = &mut out[..conv_packed_bytes_len(shape)];
+    if shape.is_depthwise() {
+        for channel in 0..shape.out_c {
+            let mut sum = 0;
+            for tap in 0..taps {
+                let w = signed_weight(weights[channel * taps + tap], signed);
+                out[tap * shape.out_c + channel] = w;
+                sum += i32::from(w);
+            }
+            sums[channel] = sum;
+        }
+        return;
+    }
+    let len = packed_len_runs(taps, run, columns);
+    for group in 0..shape.groups {
+        let weights = &weights[group * columns * run * taps..];
+        let sums = &mut sums[group * columns..][..columns];
+        pack_runs(taps, run, columns, &mut out[group * len..][..len], sums, |tap, k, column| {
+            signed_weight(weights[(column * run + k) * taps + tap], signed)
+        });
+    }
+}
+
+struct Product<'a, R> {
+    source: R,
+    signed: bool,
+    /// Zero point in the unsigned range.
+    zero: i32,
+    rows: usize,
+    columns: usize,
+    packed: *const i8,
+    sums: &'a [i32],
+    weight_zeros: Option<&'a [i32]>,
+    sink: Sink<'a>,
+}
+
+// SAFETY: inputs are only read; tasks write disjoint parts of the output.
+unsafe impl<R: RowSource<u8>> Sync for Product<'_, R> {}
+
+impl<R: RowSource<u8>> Product<'_, R> {
+    fn run(&self, pool: &ThreadPool) {
+        let panels = self.columns.div_ceil(PANEL);
+        let work = self.rows * self.columns * self.source.taps() * self.source.run();
+        let tasks = if work < 500_000 { 1 } else { pool.threads() * 4 };
+        let (row_step, panel_step) = if pool.threads() == 1 || tasks == 1 {
+            (self.rows, panels)
+        } else if self.rows >= tasks * 24 {
+            (self.rows.div_ceil(tasks).next_multiple_of(12), panels)
+        } else if panels >= tasks {
+            (self.rows, panels.div_ceil(tasks))
+        } else {
+            (self.rows.div_ceil(tasks.div_ceil(panels)).next_multiple_of(6), 1)
+        };
+        let panel_tasks = panels.div_ceil(panel_step);
+        pool.parallel_for(self.rows.div_ceil(row_step) * panel_tasks, &|index, _| {
+            let (r, p) = (index / panel_tasks, index % panel_tasks);
+            let rows = r * row_step..self.rows.min((r + 1) * row_step);
+            let panels = p * panel_step..panels.min((p + 1) * panel_step);
+            dispatch_bytes(pool.isa(), Part { product: self, rows, panels });
+        });
+    }
+}
+
+struct Part<'a, R> {
+    product: &'a Product<'a, R>,
+    rows: Range<usize>,
+    panels: Range<usize>,
+}
+
+impl<R: RowSource<u8>> ByteKernel for Part<'_, R> {
+    #[inline(always)]
+    fn run<T: Bytes>(self, t: T) {
+        let p = self.product;
+        let (taps, run) = (p.source.taps(), p.source.run());
+        let groups = run.div_ceil(4);
+        let flip = if p.signed { 0x8080_8080 } else { 0 };
+        let mut pointers = [std::ptr::null::<u8>(); SEGMENTS * ROWS_MAX];
+        let mut sums = [0i32; ROWS_MAX * PANEL];
+        // A piece is a group of whole taps, or a part of one tap whose length is a multiple of four.
+        let (group, piece) = if taps > 1 && run <= OUTSIDE {
+            (SEGMENTS.min(taps), run)
+        } else if p.source.padded() {
+            (1, OUTSIDE)
+        } else {
+            (1, run.max(1))
+        };
+        for panel in self.panels {
+            let column0 = panel * PANEL;
+            let columns = PANEL.min(p.columns - column0);
+            let width = columns.next_multiple_of(GRAIN);
+            let w = p.packed.wrapping_add(column0 * taps * groups * 4);
+            let constants =
+                Columns::new(p.sums, p.weight_zeros, p.zero, taps * run, &p.sink, column0, columns);
+            let mut row = self.rows.start;
+            while row < self.rows.end {
+                // All slices of a panel take the same rows, so that the finish sees whole panel rows.
+                let widest = (width / T::LANES).min(T::TILE_VECTORS);
+                let rows = tile_rows::<T>(widest, self.rows.end - row);
+                let mut row_sums = [0i32; ROWS_MAX];
+                let (mut tap, mut offset) = (0, 0);
+                loop {
+                    let segments = group.min(taps - tap);
+                    let len = piece.min(run - offset);
+                    // SAFETY: the table holds `SEGMENTS * ROWS_MAX` pointers; rows and taps exist.
+                    unsafe { p.source.pointers(row, rows, tap, segments, offset, pointers.as_mut_ptr()) };
+                    let mut slice = 0;
+                    while slice < width {
+                        let vectors = ((width - slice) / T::LANES).min(widest);
+                        let tile = Tile {
+                            pointers: pointers.as_ptr(),
+                            segments,
+                            len,
+                            flip,
+                            w: w.wrapping_add(((tap * groups + offset / 4) * width + slice) * 4),
+                            w_stride: width * 4,
+                            sums: sums.as_mut_ptr().wrapping_add(slice),
+                            resume: tap + offset > 0,
+                        };
+                        run_tile(t, rows, vectors, &tile);
+                        slice += vectors * T::LANES;
+                    }
+                    if constants.has_zeros {
+                        for segment in 0..segments {
+                            for r in 0..rows {
+                                // SAFETY: the table was filled above; each pointer has `len` bytes.
+                                let bytes =
+                                    unsafe { std::slice::from_raw_parts(pointers[segment * rows + r], len) };
+                                let flip = flip as u8;
+                                let sum: i32 = bytes.iter().map(|&b| i32::from(b ^ flip)).sum();
+                                row_sums[r] = row_sums[r].wrapping_add(sum);
+                            }
+                        }
+                    }
+                    offset += len;
+                    if offset >= run {
+                        offset = 0;
+                        tap += segments;
+                    }
+                    if tap >= taps {
+                        break;
+                    }
+                }
+                for r in 0..rows {
+                    let sums = &sums[r * PANEL..][..columns];
+                    // SAFETY: the entry function has checked that the output holds this row.
+                    unsafe { p.sink.finish(&constants, sums, row_sums[r], row + r, column0) };
+                }
+                row += rows;
+            }
+        }
+    }
+}
+
+/// The zero point and byte that stands for it, in the unsigned range and in memory.
+fn zero_point(input: &ByteInput<'_>) -> (i32, u8) {
+    let range = if input.signed { -128..128 } else { 0..256 };
+    assert!(range.contains(&input.zero), "zero point {} outside {range:?}", input.zero);
+    (input.zero + if input.signed { 128 } else { 0 }, input.zero as u8)
+}
+
+fn check_weights(weights: &ByteWeights<'_>, len: usize, n: usize) {
+    assert!(weights.packed.len() >= len, "{} packed weights, {len} needed", weights.packed.len());
+    assert!(weights.sums.len() >= n, "{} column sums for {n} columns", weights.sums.len());
+    assert!(weights.zeros.is_none_or(|z| z.len() >= n), "too few zero points for {n} columns");
+}
+
+/// `C = output(A B)`: A is `[m, k]` bytes with row distance `a.stride`, B comes from [`pack_bytes`]. `bias` is
+/// added to the sums.
+///
+/// # Panics
+/// Panics when a slice is too short for its shape.
+pub fn gemm_bytes(
+    pool: &ThreadPool,
+    m: usize,
+    n: usize,
+    k: usize,
+    a: ByteInput<'_>,
+    weights: ByteWeights<'_>,
+    bias: Option<&[i32]>,
+    output: ByteOutput<'_>,
+) {
+    check_rows("A", a.data.len(), m, k, a.stride);
+    check_weights(&weights, packed_bytes_len(k, n), n);
+    let sink = Sink::new(output, bias, m, n);
+    let (zero, _) = zero_point(&a);
+    Product {
+        source: Strided { data: a.data.as_ptr(), stride: a.stride, k },
+        signed: a.signed,
+        zero,
+        rows: m,
+        columns: n,
+        packed: weights.packed.as_ptr(),
+        sums: weights.sums,
+        weight_zeros: weights.zeros,
+        sink,
+    }
+    .run_if_any(pool);
+}
+
+impl<R: RowSource<u8>> Product<'_, R> {
+    fn run_if_any(&self, pool: &ThreadPool) {
+        if self.rows > 0 && self.columns > 0 {
+            self.run(pool);
+        }
+    }
+}
+
+/// Convolves bytes: computes the output rows `rows` of the layer. `input.data` starts with image row
+/// `first_row`; the output's first pixel is `(rows.start, 0)`. Weights come from [`pack_conv_bytes`].
+///
+/// # Panics
+/// Panics when a slice is too short or the shape is not consistent.
+pub fn conv2d_bytes(
+    pool: &ThreadPool,
+    shape: &ConvShape,
+    input: ByteInput<'_>,
+    first_row: usize,
+    weights: ByteWeights<'_>,
+    bias: Option<&[i32]>,
+    output: ByteOutput<'_>,
+    rows: Range<usize>,
+) {
+    shape.check();
+    assert!(rows.end <= shape.out_h, "output rows {rows:?} of {}", shape.out_h);
+    let pixels = rows.len() * shape.out_w;
+    check_weights(&weights, conv_packed_bytes_len(shape), shape.out_c);
+    let sink = Sink::new(output, bias, pixels, shape.out_c);
+    let needed = shape.input_rows(rows.clone());
+    assert!(
+        needed.is_empty() || first_row <= needed.start,
+        "input starts at row {first_row}, {needed:?} needed"
+    );
+    let stored = needed.end.saturating_sub(first_row);
+    check_rows("input", input.data.len(), stored * shape.in_w, shape.in_c, input.stride);
+    let (zero, byte) = zero_point(&input);
+    if pixels == 0 || shape.out_c == 0 {
+        return;
+    }
+    let outside = [byte; OUTSIDE];
+    let (run, columns) = (shape.in_c / shape.groups, shape.out_c / shape.groups);
+    let taps = shape.kernel[0] * shape.kernel[1];
+    let source = Taps {
+        data: input.data.as_ptr().wrapping_sub(first_row * shape.in_w * input.stride),
+        outside: outside.as_ptr(),
+        pixel_stride: input.stride,
+        h: shape.in_h,
+        w: shape.in_w,
+        out_w: shape.out_w,
+        first_out_row: rows.start,
+        kernel: shape.kernel,
+        stride: shape.stride,
+        dilation: shape.dilation,
+        pads: [shape.pads[0], shape.pads[1]],
+        run,
+        padded: true,
+    };
+    if shape.is_depthwise() {
+        return depthwise::depthwise(pool, shape, &source, input.signed, input.zero, &weights, &sink, rows);
+    }
+    let len = packed_len_runs(taps, run, columns);
+    for group in 0..shape.groups {
+        let first = group * columns;
+        Product {
+            source: Taps { data: source.data.wrapping_add(group * run), ..source },
+            signed: input.signed,
+            zero,
+            rows: pixels,
+            columns,
+            packed: weights.packed[group * len..].as_ptr(),
+            sums: &weights.sums[first..],
+            weight_zeros: weights.zeros.map(|z| &z[first..]),
+            sink: sink.columns_from(first),
+        }
+        .run(pool);
+    }
+}
+
+#[cfg(test)]
+mod tests;
