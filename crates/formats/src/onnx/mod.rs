@@ -1,10 +1,12 @@
 //! ONNX files: messages, tensors, and the way from and to a graph.
 
+mod export;
 mod file;
 mod import;
 pub mod proto;
 mod tensor;
 
+pub use export::export;
 pub use file::{ModelFile, read_value, save_model, write_value};
 pub use import::{Imported, MAX_OPSET, import};
 pub use tensor::{ReadExternal, decode_tensor, dtype_from_onnx, dtype_to_onnx, encode_tensor};

@@ -4,6 +4,8 @@
 //! recorded as a [`Span`]. Documentation strings of nodes and values are dropped, because exporters put stack traces
 //! into them. Unknown fields are skipped, as protobuf asks.
 
+use std::sync::Arc;
+
 use lightering_tier::ByteSource;
 
 use super::AttributeKind;
@@ -185,6 +187,26 @@ pub enum Payload {
     Inline(Vec<u8>),
     /// In the file.
     Span(Span),
+    /// In some other store.
+    Stored(Store, Span),
+}
+
+/// A shared store of bytes, equal to itself only.
+#[derive(Clone)]
+pub struct Store(pub Arc<dyn ByteSource>);
+
+impl PartialEq for Store {
+    fn eq(&self, other: &Store) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
+    }
+}
+
+impl Eq for Store {}
+
+impl std::fmt::Debug for Store {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_tuple("Store").field(&self.0.name()).finish()
+    }
 }
 
 impl Default for Payload {
@@ -198,7 +220,7 @@ impl Payload {
     pub fn size_bytes(&self) -> u64 {
         match self {
             Payload::Inline(bytes) => bytes.len() as u64,
-            Payload::Span(span) => span.size_bytes,
+            Payload::Span(span) | Payload::Stored(_, span) => span.size_bytes,
         }
     }
 }
@@ -505,7 +527,7 @@ fn payload(r: &mut Reader, value: Value, so_far: Option<Payload>, single: usize)
             _ => Vec::new(),
         },
         Some(Payload::Inline(bytes)) => bytes,
-        Some(Payload::Span(span)) => r.bytes(span)?,
+        Some(Payload::Span(span) | Payload::Stored(_, span)) => r.bytes(span)?,
     };
     match (value, single) {
         (Value::Span(span), _) => so_far.extend(r.bytes(span)?),
@@ -1304,6 +1326,7 @@ impl<'a> Composer<'a> {
             (Payload::Inline(bytes), _) if bytes.len() as u64 <= INLINE_BYTES => w.bytes(number, bytes),
             (Payload::Inline(bytes), _) => w.borrowed(number, bytes),
             (Payload::Span(span), Some(source)) => w.copied(number, source, *span),
+            (Payload::Stored(store, span), _) => w.copied(number, &*store.0, *span),
             (Payload::Span(_), None) => {
                 return Err(Error::invalid(
                     "writing a tensor",

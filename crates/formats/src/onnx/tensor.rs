@@ -219,9 +219,13 @@ pub(crate) fn pack(dtype: DType, bytes: &[u8]) -> Vec<u8> {
 }
 
 fn load(place: &str, payload: &Payload, source: &dyn ByteSource, out: &mut [u8]) -> Result<()> {
+    let source = match payload {
+        Payload::Stored(store, _) => &*store.0,
+        _ => source,
+    };
     match payload {
         Payload::Inline(bytes) => out.copy_from_slice(bytes),
-        Payload::Span(span) => {
+        Payload::Span(span) | Payload::Stored(_, span) => {
             source.read_at(span.offset, out).map_err(|e| match e.kind() {
                 std::io::ErrorKind::UnexpectedEof => {
                     Error::corrupt(place, "its data lies outside of the file")
