@@ -9,6 +9,8 @@ mod fuse;
 mod layout;
 mod pipeline;
 mod simplify;
+#[cfg(test)]
+mod testing;
 
 pub use common_subexpression::CommonSubexpression;
 pub use dead_code::DeadCode;

@@ -2,6 +2,7 @@ use super::{
     ActivationFusion, AttentionFusion, BatchNormFusion, ElementwiseFusion, EpilogueFusion, LayoutChoice,
     NormalizationFusion, QuantizedFusion, Simplify,
 };
+use crate::infer::{Fact, infer_node};
 use crate::{Evaluate, Graph, GraphError, Pass};
 
 /// What one pass has done in one run.
@@ -62,7 +63,7 @@ impl<'a> Pipeline<'a> {
         self
     }
 
-    /// Verifies the graph after each pass; debug builds do so anyway.
+    /// Verifies the graph and the types in it after each pass; debug builds do so anyway.
     pub fn verified(mut self) -> Self {
         self.verify = true;
         self
@@ -105,6 +106,7 @@ impl<'a> Pipeline<'a> {
                     let changes = pass.run(graph)?;
                     if self.verify {
                         graph.verify()?;
+                        check_types(graph)?;
                     }
                     changed |= changes > 0;
                     if changes > 0 {
@@ -129,4 +131,32 @@ impl<'a> Pipeline<'a> {
 /// As [`Pipeline::run`].
 pub fn run_all(graph: &mut Graph, evaluate: &dyn Evaluate) -> Result<Vec<PassReport>, GraphError> {
     Pipeline::standard(evaluate).run(graph)
+}
+
+/// Checks that the types in the graph are those that inference finds, so that a pass that gets a shape wrong is
+/// caught at once.
+pub(crate) fn check_types(graph: &Graph) -> Result<(), GraphError> {
+    for (_, node) in graph.iter_nodes() {
+        let fact =
+            |v: &Option<crate::ValueId>| v.map(|v| Fact::new(&graph.value(v).ty, graph.value(v).tensor()));
+        let facts: Vec<Option<Fact<'_>>> = node.inputs.iter().map(fact).collect();
+        let inferred = infer_node(node, &facts)?;
+        for (v, ty) in node.outputs.iter().zip(inferred) {
+            let Some(v) = v else { continue };
+            let stated = graph.value(*v).ty.tensor();
+            let (Some(stated), Some(inferred)) = (stated, ty.tensor()) else { continue };
+            let differ = match (stated.dims(), inferred.dims()) {
+                (Some(a), Some(b)) => a != b,
+                _ => false,
+            };
+            if differ || stated.dtype != inferred.dtype {
+                let name = &graph.value(*v).name;
+                return Err(GraphError::at(
+                    node,
+                    format!("{name:?} is stated as {stated} but is {inferred}"),
+                ));
+            }
+        }
+    }
+    Ok(())
 }

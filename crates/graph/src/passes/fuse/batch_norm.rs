@@ -23,10 +23,8 @@ impl Pass for BatchNormFusion<'_> {
                 continue;
             }
             let Some((x, scale, shift)) = self.affine(&e, id)? else { continue };
-            if !self.into_weights(&mut e, id, x, &scale, &shift)?
-                && matches!(e.node(id).op, Op::BatchNorm { .. })
-            {
-                into_arithmetic(&mut e, id, x, &scale, &shift);
+            if !self.fold(&mut e, id, x, &scale, &shift)? && matches!(e.node(id).op, Op::BatchNorm { .. }) {
+                spell_out(&mut e, id, x, &scale, &shift);
             }
         }
         e.finish()
@@ -81,7 +79,7 @@ impl BatchNormFusion<'_> {
         }
     }
 
-    fn into_weights(
+    fn fold(
         &self,
         e: &mut Editor,
         id: NodeId,
@@ -195,7 +193,7 @@ fn scaled_weights(e: &Editor, op: &Op, w: ValueId, scale: &[f64]) -> Option<Tens
 }
 
 /// `x·scale + shift` as two operators that broadcast over the picture.
-fn into_arithmetic(e: &mut Editor, id: NodeId, x: ValueId, scale: &[f64], shift: &[f64]) {
+fn spell_out(e: &mut Editor, id: NodeId, x: ValueId, scale: &[f64], shift: &[f64]) {
     let Some(ty) = e.ty(x).cloned() else { return };
     let rank = ty.shape.as_ref().map_or(0, Vec::len);
     let mut dims = vec![1; rank.saturating_sub(1)];

@@ -11,20 +11,20 @@ pub struct EpilogueFusion<'a> {
 
 /// Whether kernels can apply the operator while results are in registers.
 pub fn is_epilogue(op: &UnaryOp) -> bool {
-    match op {
+    matches!(
+        op,
         UnaryOp::Relu
-        | UnaryOp::ClipTo { .. }
-        | UnaryOp::HardSwish
-        | UnaryOp::HardSigmoid { .. }
-        | UnaryOp::Sigmoid
-        | UnaryOp::Gelu { .. }
-        | UnaryOp::LeakyRelu { .. }
-        | UnaryOp::Elu { .. }
-        | UnaryOp::Tanh
-        | UnaryOp::Mish => true,
-        UnaryOp::Swish { .. } => true,
-        _ => false,
-    }
+            | UnaryOp::ClipTo { .. }
+            | UnaryOp::HardSwish
+            | UnaryOp::HardSigmoid { .. }
+            | UnaryOp::Sigmoid
+            | UnaryOp::Gelu { .. }
+            | UnaryOp::LeakyRelu { .. }
+            | UnaryOp::Elu { .. }
+            | UnaryOp::Tanh
+            | UnaryOp::Mish
+            | UnaryOp::Swish { .. }
+    )
 }
 
 fn activation_mut(op: &mut Op) -> Option<&mut Option<Activation>> {

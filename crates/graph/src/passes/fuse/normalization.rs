@@ -88,7 +88,7 @@ fn normalised(e: &Editor, out: ValueId) -> Option<Norm> {
     let (mean_square, epsilon) = plus_scalar(e, sum)?;
     let (squares, axis) = mean(e, mean_square)?;
     let squared = square(e, squares)?;
-    if !same_value(e, squared, d) || !(epsilon >= 0.0) {
+    if !same_value(e, squared, d) || epsilon.is_nan() || epsilon < 0.0 {
         return None;
     }
     match centred(e, d) {

@@ -366,7 +366,7 @@ impl QuantizedFusion<'_> {
         let mut integers = Vec::with_capacity(channels);
         for (i, v) in values.iter().enumerate() {
             let q = (v / unit(i)).round_ties_even();
-            if !(q.abs() < f64::from(i32::MAX)) {
+            if q.is_nan() || q.abs() >= f64::from(i32::MAX) {
                 return Ok(None);
             }
             integers.push(q as i32);
