@@ -1,7 +1,7 @@
 //! Model files on disk: the lazily read model, its external data, and test data files.
 
 use std::collections::BTreeMap;
-use std::io::{BufWriter, Write};
+use std::io::{BufWriter, Read, Write};
 use std::path::{Component, Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
@@ -9,8 +9,8 @@ use lightering_graph::{DType, Tensor};
 use lightering_tier::{ByteSource, FileSource};
 
 use super::proto::{
-    ExternalData, MapProto, Message, ModelProto, OptionalProto, OptionalValue, SequenceProto,
-    SparseTensorProto, TensorData, TensorProto, TypeProto,
+    ExternalData, INLINE_BYTES, MapProto, Message, ModelProto, OptionalProto, OptionalValue, Payload,
+    SequenceProto, SparseTensorProto, TensorData, TensorProto, TypeProto,
 };
 use super::tensor::{ReadExternal, decode_tensor, direct_span, encode_tensor, raw_size, tensor_type};
 use crate::protobuf::Span;
@@ -173,15 +173,110 @@ fn inside(folder: &Path, location: &str) -> Result<PathBuf> {
     Ok(path)
 }
 
-/// Writes a model to a file, copying weights that are spans from `source`.
+/// Largest message that other readers accept; a larger model needs its weights in a second file.
+pub const MAX_MESSAGE_BYTES: u64 = i32::MAX as u64;
+/// Weights in a second file start at multiples of this, so that they can be mapped and read directly.
+const EXTERNAL_ALIGNMENT: u64 = 4096;
+/// A single copy moves at most this many bytes.
+const COPY_BYTES: u64 = 256 * 1024;
+
+/// Writes a model to one file, copying weights that are spans from `source`.
+///
+/// # Errors
+/// A model of more than [`MAX_MESSAGE_BYTES`], for which there is [`save_model_external`].
 pub fn save_model(model: &ModelProto, source: Option<&dyn ByteSource>, path: impl AsRef<Path>) -> Result<()> {
     let path = path.as_ref();
+    let message = model.to_writer(source)?;
+    if message.size_bytes() > MAX_MESSAGE_BYTES {
+        return Err(Error::limit(
+            path.display(),
+            "size in bytes of a model in one file (weights may stand in a second one)",
+            message.size_bytes(),
+            MAX_MESSAGE_BYTES,
+        ));
+    }
+    replace_file(path, &mut |out| message.write_to(out))
+}
+
+/// Writes a model to `path` and its weights of more than [`INLINE_BYTES`] to a second file beside it, whose name is
+/// that of the first with `.data` behind it.
+pub fn save_model_external(
+    model: &ModelProto,
+    source: Option<&dyn ByteSource>,
+    path: impl AsRef<Path>,
+) -> Result<()> {
+    let path = path.as_ref();
+    let mut data_path = path.as_os_str().to_owned();
+    data_path.push(".data");
+    let data_path = PathBuf::from(data_path);
+    let location = data_path
+        .file_name()
+        .and_then(|name| name.to_str())
+        .ok_or_else(|| Error::invalid(path.display(), "a file name that is not text", "a UTF-8 file name"))?
+        .to_owned();
+    let mut model = model.clone();
+    // The payloads move out of the structs into this list, so that nothing is in memory twice.
+    let mut payloads: Vec<(u64, Payload)> = Vec::new();
+    let mut end = 0u64;
+    if let Some(graph) = &mut model.graph {
+        for tensor in &mut graph.initializer {
+            let TensorData::Raw(payload) = &mut tensor.data else { continue };
+            let size = payload.size_bytes();
+            if size <= INLINE_BYTES {
+                continue;
+            }
+            let offset = end.next_multiple_of(EXTERNAL_ALIGNMENT);
+            end = offset + size;
+            payloads.push((offset, std::mem::take(payload)));
+            let (location, length) = (location.clone(), Some(size));
+            tensor.data = TensorData::External(ExternalData { location, offset, length, checksum: None });
+        }
+    }
+    replace_file(&data_path, &mut |out| {
+        let failed = |e| Error::io(data_path.display(), e);
+        let mut position = 0;
+        for (offset, payload) in &payloads {
+            std::io::copy(&mut std::io::repeat(0).take(offset - position), out).map_err(failed)?;
+            position = offset + payload.size_bytes();
+            let (store, span) = match (payload, source) {
+                (Payload::Inline(bytes), _) => {
+                    out.write_all(bytes).map_err(failed)?;
+                    continue;
+                }
+                (Payload::Stored(store, span), _) => (&*store.0, span),
+                (Payload::Span(span), Some(source)) => (source, span),
+                (Payload::Span(_), None) => {
+                    return Err(Error::invalid(
+                        path.display(),
+                        "weights in the file that they were read from, which is not at hand",
+                        "the source of the model",
+                    ));
+                }
+            };
+            let mut done = 0;
+            let mut buffer = Vec::new();
+            while done < span.size_bytes {
+                buffer.resize((span.size_bytes - done).min(COPY_BYTES) as usize, 0);
+                store.read_at(span.offset + done, &mut buffer).map_err(|e| Error::io(store.name(), e))?;
+                out.write_all(&buffer).map_err(failed)?;
+                done += buffer.len() as u64;
+            }
+        }
+        Ok(())
+    })?;
+    save_model(&model, source, path)
+}
+
+/// Writes a file beside `path` and puts it in its place when it is whole: the target may be the file that the weights
+/// come from.
+fn replace_file(path: &Path, write: &mut dyn FnMut(&mut dyn Write) -> Result<()>) -> Result<()> {
     let failed = |e| Error::io(path.display(), e);
-    // The target may be the file that the weights come from, so the new file takes its place only when it is whole.
-    let partial = path.with_extension("onnx.partial");
+    let mut partial = path.as_os_str().to_owned();
+    partial.push(".partial");
+    let partial = PathBuf::from(partial);
     let written = std::fs::File::create(&partial).map_err(failed).and_then(|file| {
         let mut out = BufWriter::new(file);
-        model.to_writer(source)?.write_to(&mut out)?;
+        write(&mut out)?;
         out.flush().map_err(failed)
     });
     match written.and_then(|()| std::fs::rename(&partial, path).map_err(failed)) {

@@ -1,4 +1,8 @@
 //! ONNX files: messages, tensors, and the way from and to a graph.
+//!
+//! [`ModelFile`] reads a model's structure and leaves its weights in the file; [`import`] turns it into a graph with
+//! the weights as stored constants; [`export`] and [`save_model`] (or [`save_model_external`], for what does not fit
+//! into one message) are the way back. [`read_value`] and [`write_value`] are for the `.pb` files of test cases.
 
 mod export;
 mod file;
@@ -7,7 +11,7 @@ pub mod proto;
 mod tensor;
 
 pub use export::export;
-pub use file::{ModelFile, read_value, save_model, write_value};
+pub use file::{MAX_MESSAGE_BYTES, ModelFile, read_value, save_model, save_model_external, write_value};
 pub use import::{Imported, MAX_OPSET, import};
 pub use tensor::{ReadExternal, decode_tensor, dtype_from_onnx, dtype_to_onnx, encode_tensor};
 

@@ -256,6 +256,34 @@ fn external_data_stays_inside_the_folder() {
 }
 
 #[test]
+fn weights_may_be_saved_to_a_second_file() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut model = sample_model();
+    let graph = model.graph.as_mut().unwrap();
+    let mut second = graph.initializer[0].clone();
+    second.name = "v".into();
+    graph.initializer.push(second);
+    let one = folder.path().join("one.onnx");
+    save_model(&model, None, &one).unwrap();
+    // From a file whose weights are spans.
+    let read = ModelFile::open(&one).unwrap();
+    let two = folder.path().join("two.onnx");
+    save_model_external(&read.model, Some(&**read.source()), &two).unwrap();
+    assert!(std::fs::metadata(&two).unwrap().len() < 4096);
+    assert_eq!(std::fs::metadata(folder.path().join("two.onnx.data")).unwrap().len(), 4 * 4096 + 16_000);
+    let again = ModelFile::open(&two).unwrap();
+    let (a, b) =
+        (&read.model.graph.as_ref().unwrap().initializer, &again.model.graph.as_ref().unwrap().initializer);
+    for (a, b) in a.iter().zip(b) {
+        assert!(matches!(b.data, TensorData::External(_)));
+        assert_eq!(read.tensor(a).unwrap(), again.tensor(b).unwrap());
+    }
+    // Onto the file that the weights come from.
+    save_model(&read.model, Some(&**read.source()), &one).unwrap();
+    assert_eq!(ModelFile::open(&one).unwrap().model, read.model);
+}
+
+#[test]
 fn values_round_trip_as_test_data() {
     let a = HostValue::Tensor(Tensor::from_slice(&[2], &[1f32, 2.0]));
     let s = HostValue::Tensor(Tensor::from_strings(&[1], vec!["x".into()]));
