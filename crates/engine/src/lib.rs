@@ -4,9 +4,21 @@
 //! [`ByteSource`](lightering_tier::ByteSource) and asks the memory pool before it allocates.
 #![forbid(unsafe_code)]
 
+mod error;
 mod interpreter;
+mod kernel;
+mod loader;
 pub mod ops;
+mod plan;
+mod prepare;
+mod program;
+mod session;
 mod value;
 
+pub use error::EngineError;
 pub use interpreter::{Evaluator, execute_op, interpret, run_graph};
+pub use plan::{Decision, PLAN_SCHEMA, Plan, PlanOptions, PlannedBuffer, PlannedInstruction, PlannedWeight};
+pub use prepare::{Bindings, PrepareOptions, prepare};
+pub use program::BufferKind;
+pub use session::{Feed, OutputView, RunReport, Session, SessionOptions, plan_graph};
 pub use value::RuntimeValue;

@@ -34,6 +34,7 @@ mod math;
 mod matmul;
 mod norm;
 pub mod ops;
+mod pack_rows;
 mod pool;
 mod threads;
 
@@ -52,5 +53,6 @@ pub use matmul::{
     matmul_scratch_len,
 };
 pub use norm::{layer_norm, rms_norm, softmax};
+pub use pack_rows::{pack_conv_rows, pack_kn_rows, pack_nk_rows};
 pub use pool::{PoolKind, PoolShape, global_average_pool, pool2d};
 pub use threads::ThreadPool;

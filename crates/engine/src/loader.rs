@@ -1,0 +1,206 @@
+//! Weights from their store into the arena: all at once before the first run, or one after the other on a thread of
+//! its own while earlier layers compute.
+
+use std::sync::mpsc::{SyncSender, sync_channel};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::thread::JoinHandle;
+
+use lightering_tier::{Arena, ByteSource};
+
+use crate::EngineError;
+use crate::plan::Assignment;
+use crate::program::{Program, Weight, WeightOrigin};
+
+/// Everything that reading a weight needs.
+struct Shelf {
+    arena: Arc<Arena>,
+    sources: Vec<Arc<dyn ByteSource>>,
+    weights: Vec<Weight>,
+    offsets: Vec<usize>,
+    staging: std::ops::Range<usize>,
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+#[derive(Default)]
+struct State {
+    /// Per weight: in its place since the run began.
+    ready: Vec<bool>,
+    /// Asked for and not ready yet.
+    under_way: usize,
+    error: Option<EngineError>,
+}
+
+impl Shelf {
+    fn load(&self, w: usize) -> Result<(), EngineError> {
+        let weight = &self.weights[w];
+        if weight.size == 0 {
+            return Ok(());
+        }
+        let conflict =
+            |e: lightering_tier::ArenaConflict| EngineError::Internal(format!("{}: {e}", weight.name));
+        let range = self.offsets[w]..self.offsets[w] + weight.size;
+        let mut target = self.arena.write(range).map_err(conflict)?;
+        match &weight.origin {
+            WeightOrigin::Inline(tensor) => weight.packing.pack_whole(tensor.as_bytes(), &mut target),
+            WeightOrigin::Stored(stored) => {
+                let source = self.sources.get(stored.source.0 as usize).ok_or_else(|| {
+                    EngineError::Internal(format!("{}: there is no source {}", weight.name, stored.source.0))
+                })?;
+                let read = |offset: u64, buffer: &mut [u8]| {
+                    source.read_at(stored.offset + offset, buffer).map_err(|error| EngineError::Io {
+                        weight: weight.name.clone(),
+                        source_name: source.name(),
+                        error,
+                    })
+                };
+                let size = stored.size.to_usize();
+                if weight.packing.is_plain() {
+                    return read(0, &mut target[..size]);
+                }
+                let mut staging = self.arena.write(self.staging.clone()).map_err(conflict)?;
+                let piece = weight.packing.piece_bytes(staging.len()).min(size.max(1));
+                let mut grown;
+                let staging: &mut [u8] = if piece <= staging.len() {
+                    &mut staging
+                } else {
+                    // One row of the weight is larger than the staging area; rows are bounded by the layer's width.
+                    grown = vec![0; piece];
+                    &mut grown
+                };
+                let mut at = 0;
+                while at < size {
+                    let piece = piece.min(size - at);
+                    read(at as u64, &mut staging[..piece])?;
+                    weight.packing.pack_piece(at, &staging[..piece], &mut target);
+                    at += piece;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn state(&self) -> std::sync::MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Loads weights; see the module's page.
+pub(crate) struct Loader {
+    shelf: Arc<Shelf>,
+    jobs: Option<SyncSender<usize>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Loader {
+    /// Puts the resident weights in their places and, if others are streamed, starts the reading thread.
+    pub fn new(
+        program: &Program,
+        assignment: &Assignment,
+        arena: Arc<Arena>,
+        sources: Vec<Arc<dyn ByteSource>>,
+    ) -> Result<Loader, EngineError> {
+        let shelf = Arc::new(Shelf {
+            arena,
+            sources,
+            weights: program.weights.clone(),
+            offsets: assignment.weight_offset.clone(),
+            staging: assignment.staging.clone(),
+            state: Mutex::new(State { ready: vec![false; program.weights.len()], under_way: 0, error: None }),
+            changed: Condvar::new(),
+        });
+        for (w, load) in assignment.loads.iter().enumerate() {
+            if load.is_none() {
+                shelf.load(w)?;
+                shelf.state().ready[w] = true;
+            }
+        }
+        let streamed = assignment.loads.iter().flatten().count();
+        if streamed == 0 {
+            return Ok(Loader { shelf, jobs: None, thread: None });
+        }
+        let (jobs, queue) = sync_channel::<usize>(streamed);
+        let worker = shelf.clone();
+        let thread = std::thread::Builder::new()
+            .name("lighter-loader".to_owned())
+            .spawn(move || {
+                while let Ok(w) = queue.recv() {
+                    let result = worker.load(w);
+                    let mut state = worker.state();
+                    state.under_way -= 1;
+                    match result {
+                        Ok(()) => state.ready[w] = true,
+                        Err(error) => {
+                            state.error.get_or_insert(error);
+                        }
+                    }
+                    drop(state);
+                    worker.changed.notify_all();
+                }
+            })
+            .map_err(EngineError::Memory)?;
+        Ok(Loader { shelf, jobs: Some(jobs), thread: Some(thread) })
+    }
+
+    /// Forgets which of the streamed weights are in place: their places are used by others between runs.
+    pub fn begin_run(&self, streamed: impl Iterator<Item = usize>) {
+        let mut state = self.shelf.state();
+        for w in streamed {
+            state.ready[w] = false;
+        }
+    }
+
+    /// Asks for a weight; its place must be free from now on.
+    pub fn request(&self, w: usize) {
+        self.shelf.state().under_way += 1;
+        let sent = self.jobs.as_ref().is_some_and(|jobs| jobs.send(w).is_ok());
+        if !sent {
+            let mut state = self.shelf.state();
+            state.under_way -= 1;
+            state.error.get_or_insert(EngineError::Internal("the reading thread is gone".to_owned()));
+        }
+    }
+
+    /// Waits until a weight is in its place.
+    pub fn wait(&self, w: usize) -> Result<(), EngineError> {
+        let mut state = self.shelf.state();
+        loop {
+            if let Some(error) = state.error.take() {
+                return Err(error);
+            }
+            if state.ready[w] {
+                return Ok(());
+            }
+            state = self.shelf.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    /// Waits until nothing is being read, so that an interrupted run leaves the arena free.
+    pub fn settle(&self) {
+        let mut state = self.shelf.state();
+        while state.under_way > 0 {
+            state = self.shelf.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+        state.error = None;
+    }
+
+    /// Reads a few bytes of a stored constant directly, for tables that stay in their store.
+    pub fn source(&self, index: usize) -> Option<&Arc<dyn ByteSource>> {
+        self.shelf.sources.get(index)
+    }
+
+    /// All stores.
+    pub fn sources(&self) -> &[Arc<dyn ByteSource>] {
+        &self.shelf.sources
+    }
+}
+
+impl Drop for Loader {
+    fn drop(&mut self) {
+        drop(self.jobs.take());
+        if let Some(thread) = self.thread.take() {
+            // A panic in the thread has already been reported by the run that waited for it.
+            let _ = thread.join();
+        }
+    }
+}

@@ -1,0 +1,435 @@
+//! The planner: which bytes are where, when, and why.
+//!
+//! Everything that a run needs is a buffer with a lifetime in instructions: tensors, scratch, resident weights,
+//! weights that pass through. One placement puts all of them into one arena, so the plan's size *is* the memory
+//! that the run takes. Under a budget the planner tries, in this order and combined: a better order, results in the
+//! place of operands, layers split into stripes of rows where the peak is, and weights streamed from the file.
+
+mod assign;
+mod offsets;
+mod order;
+mod predict;
+mod stripes;
+mod svg;
+
+use std::collections::BTreeMap;
+
+use lightering_meter::MachineProfile;
+use lightering_units::{Bytes, Seconds};
+use serde::{Deserialize, Serialize};
+
+use crate::EngineError;
+use crate::kernel::{Kernel, Packing};
+use crate::program::{BufferKind, INLINE_MAX, Program, Storage, WeightOrigin};
+pub(crate) use assign::Assignment;
+
+/// What a plan may assume.
+#[derive(Clone, Debug)]
+pub struct PlanOptions {
+    /// Most memory that the run may hold beyond the binary's own fixed cost.
+    pub budget: Option<Bytes>,
+    /// Threads that compute.
+    pub threads: usize,
+    /// Rates of the machine.
+    pub profile: MachineProfile,
+}
+
+/// A buffer of the plan, in the picture a box: bytes upwards, instructions to the right.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct PlannedBuffer {
+    /// Name of the tensor or weight.
+    pub name: String,
+    /// What it is for.
+    pub kind: BufferKind,
+    /// First byte in the arena.
+    pub offset: Bytes,
+    /// Size.
+    pub size: Bytes,
+    /// First instruction that needs it.
+    pub first: usize,
+    /// Last instruction that needs it.
+    pub last: usize,
+}
+
+/// An instruction of the plan.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct PlannedInstruction {
+    /// The node's name, with the rows if it is one stripe of several.
+    pub name: String,
+    /// The operator.
+    pub op: String,
+    /// Which kernel computes it.
+    pub kernel: String,
+    /// Predicted time, waiting for weights not counted.
+    pub seconds: Seconds,
+    /// Bytes of the arena in use while it runs.
+    pub live: Bytes,
+}
+
+/// A weight and how it gets into memory.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct PlannedWeight {
+    /// Name in the model.
+    pub name: String,
+    /// Bytes in the arena.
+    pub size: Bytes,
+    /// Bytes read from the store, at each run if streamed.
+    pub stored: Bytes,
+    /// `None` if it stays in memory; else the instruction before which reading starts.
+    pub streamed_at: Option<usize>,
+}
+
+/// A decision and its reason.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Decision {
+    /// `order`, `in place`, `stripes`, `stream`, `rows from the file`.
+    pub technique: String,
+    /// The tensor, node or range of nodes it is about.
+    pub what: String,
+    /// Bytes that it concerns.
+    pub bytes: Bytes,
+    /// Why, as a sentence.
+    pub why: String,
+}
+
+/// Where every byte of a run is and when: printable, JSON, and a picture.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Plan {
+    /// Version of this layout.
+    pub schema: String,
+    /// What was asked for.
+    pub budget: Option<Bytes>,
+    /// Threads that compute.
+    pub threads: usize,
+    /// Size of the arena.
+    pub arena: Bytes,
+    /// The largest set of buffers alive at once; no arena can be smaller.
+    pub arena_lower_bound: Bytes,
+    /// Small constants and bookkeeping outside the arena.
+    pub outside_arena: Bytes,
+    /// Most that values of unknown size may take; refused beyond.
+    pub heap_limit: Option<Bytes>,
+    /// Arena and what lies outside: what a budget bounds.
+    pub predicted_peak: Bytes,
+    /// Time of one run, waiting for weights included.
+    pub predicted_seconds: Seconds,
+    /// Part of that time spent waiting for weights.
+    pub predicted_stall: Seconds,
+    /// Bytes of weights as the model stores them.
+    pub weights_total: Bytes,
+    /// Bytes read from the store at each run.
+    pub streamed_per_run: Bytes,
+    /// The instruction at which most memory is in use.
+    pub peak_at: usize,
+    /// All buffers.
+    pub buffers: Vec<PlannedBuffer>,
+    /// All instructions in order.
+    pub instructions: Vec<PlannedInstruction>,
+    /// All weights.
+    pub weights: Vec<PlannedWeight>,
+    /// What was done and why.
+    pub decisions: Vec<Decision>,
+}
+
+/// Version of the plan's JSON.
+pub const PLAN_SCHEMA: &str = "lightering.plan/1";
+/// Bytes of bookkeeping per instruction, tensor and weight: names, shapes, operators on the ordinary heap.
+const BOOKKEEPING_PER_ITEM: usize = 600;
+/// Stripes are introduced at most so many times.
+const STRIPE_ROUNDS_MAX: usize = 24;
+
+/// Everything the session needs: the program as it will be walked, and where its buffers are.
+#[derive(Clone, Debug)]
+pub(crate) struct Layout {
+    pub program: Program,
+    pub assignment: Assignment,
+    pub plan: Plan,
+}
+
+/// Bytes that live outside the arena: inline constants and bookkeeping.
+fn outside_arena(program: &Program) -> usize {
+    let inline: BTreeMap<*const lightering_graph::Tensor, usize> = program
+        .tensors
+        .iter()
+        .filter_map(|t| match &t.storage {
+            Storage::Inline(c) => Some((std::sync::Arc::as_ptr(c), c.size_bytes().to_usize())),
+            _ => None,
+        })
+        .collect();
+    let items =
+        program.instructions.len() + program.tensors.len() + program.weights.len() + program.buffers.len();
+    inline.values().map(|&size| size.min(INLINE_MAX)).sum::<usize>() + items * BOOKKEEPING_PER_ITEM
+}
+
+/// Turns gathers from a stored table into reads of single rows, where nothing else needs the table; true if there
+/// were any.
+fn read_rows_from_file(program: &mut Program) -> bool {
+    let mut changed = false;
+    for i in 0..program.instructions.len() {
+        let instruction = &program.instructions[i];
+        let lightering_graph::Op::Gather { axis: 0 } = instruction.node.op else { continue };
+        let (Kernel::Generic, Some(Some(table))) = (&instruction.kernel, instruction.inputs.first()) else {
+            continue;
+        };
+        let tensor = table.tensor;
+        let Storage::Weight(w) = program.tensors[tensor].storage else { continue };
+        let WeightOrigin::Stored(stored) = program.weights[w].origin else { continue };
+        let shared = program.instructions.iter().enumerate().any(|(j, other)| {
+            j != i
+                && other
+                    .inputs
+                    .iter()
+                    .flatten()
+                    .any(|o| matches!(program.tensors[o.tensor].storage, Storage::Weight(x) if x == w))
+        });
+        let output = program.outputs.iter().any(|p| p.tensor == tensor);
+        if shared || output || !program.weights[w].packing.is_plain() {
+            continue;
+        }
+        program.tensors[tensor].storage = Storage::Stored(stored);
+        program.weights[w].packing = Packing::Stored;
+        program.weights[w].size = 0;
+        program.instructions[i].kernel = Kernel::GatherStored;
+        changed = true;
+    }
+    changed
+}
+
+/// Makes a plan for a program.
+///
+/// # Errors
+/// [`EngineError::Budget`] when nothing fits, naming the smallest budget found that does.
+pub(crate) fn plan(mut program: Program, options: &PlanOptions) -> Result<Layout, EngineError> {
+    let mut decisions = Vec::new();
+    if let Some(saved) = order::improve(&mut program) {
+        decisions.push(Decision {
+            technique: "order".to_owned(),
+            what: "instructions".to_owned(),
+            bytes: Bytes(saved as u64),
+            why: "another order of the same instructions keeps fewer bytes alive at the peak".to_owned(),
+        });
+    }
+    let outside = outside_arena(&program);
+    let rates = predict::Rates::new(options);
+    let Some(budget) = options.budget else {
+        let assignment = assign::resident(&program);
+        return Ok(finish(program, assignment, decisions, options, outside, &rates));
+    };
+    let limit = budget.to_usize().saturating_sub(outside);
+    let resident = assign::resident(&program);
+    if resident.placement.total <= limit {
+        return Ok(finish(program, resident, decisions, options, outside, &rates));
+    }
+    if read_rows_from_file(&mut program) {
+        let assignment = assign::resident(&program);
+        if assignment.placement.total <= limit {
+            return Ok(finish(program, assignment, decisions, options, outside, &rates));
+        }
+    }
+    let mut splitter = stripes::Splitter::new(&program);
+    let mut smallest: Option<(usize, usize, Program)> = None;
+    let mut best: Option<(Program, Assignment)> = None;
+    for _ in 0..STRIPE_ROUNDS_MAX {
+        let minimal = assign::minimal(&program);
+        if smallest.as_ref().is_none_or(|(s, _, _)| minimal.total < *s) {
+            smallest = Some((minimal.total, minimal.peak_at, program.clone()));
+        }
+        if let Some(assignment) = assign::within(&program, limit, &rates) {
+            best = Some((program.clone(), assignment));
+            break;
+        }
+        let Some(split) = splitter.split_at(&program, minimal.peak_at, limit) else { break };
+        program = split;
+    }
+    if let Some((program, assignment)) = best {
+        decisions.extend(splitter.decisions(&program));
+        return Ok(finish(program, assignment, decisions, options, outside, &rates));
+    }
+    let (bytes, at, program) = smallest.expect("at least one round was run");
+    // Splitting further may still lower the peak; the smallest budget is what the last round reached.
+    let smallest = Bytes((bytes + outside) as u64);
+    Err(EngineError::Budget {
+        budget,
+        smallest,
+        smallest_mib: smallest.0.div_ceil(1 << 20),
+        at: program.instructions.get(at).map_or(String::new(), |i| i.node.name.clone()),
+        holders: assign::holders_at(&program, at),
+    })
+}
+
+fn finish(
+    program: Program,
+    assignment: Assignment,
+    mut decisions: Vec<Decision>,
+    options: &PlanOptions,
+    outside: usize,
+    rates: &predict::Rates,
+) -> Layout {
+    let timeline = predict::timeline(&program, &assignment, rates);
+    let requests = &assignment.requests;
+    let live = offsets::live_profile(&requests.iter().map(|(_, r)| r.clone()).collect::<Vec<_>>());
+    let peak_at = (0..live.len()).max_by_key(|&i| (live[i], std::cmp::Reverse(i))).unwrap_or(0);
+    let weights: Vec<PlannedWeight> = program
+        .weights
+        .iter()
+        .zip(&assignment.loads)
+        .map(|(w, load)| PlannedWeight {
+            name: w.name.clone(),
+            size: Bytes(w.size as u64),
+            stored: Bytes(w.stored_bytes() as u64),
+            streamed_at: load.as_ref().map(|l| l.issue),
+        })
+        .collect();
+    let in_place = program.instructions.iter().filter(|i| i.in_place).count();
+    if in_place > 0 {
+        decisions.push(Decision {
+            technique: "in place".to_owned(),
+            what: format!("{in_place} results"),
+            bytes: Bytes::ZERO,
+            why: "take the place of an operand that nobody needs any more".to_owned(),
+        });
+    }
+    let streamed: Bytes = weights.iter().filter(|w| w.streamed_at.is_some()).map(|w| w.stored).sum();
+    if streamed > Bytes::ZERO {
+        decisions.push(Decision {
+            technique: "stream".to_owned(),
+            what: format!("{} weights", weights.iter().filter(|w| w.streamed_at.is_some()).count()),
+            bytes: streamed,
+            why: "do not fit beside the rest, so they are read at each run while earlier layers compute"
+                .to_owned(),
+        });
+    }
+    let by_row: Vec<&str> = program
+        .tensors
+        .iter()
+        .filter(|t| matches!(t.storage, Storage::Stored(_)))
+        .map(|t| t.name.as_str())
+        .collect();
+    if !by_row.is_empty() {
+        decisions.push(Decision {
+            technique: "rows from the file".to_owned(),
+            what: by_row.join(", "),
+            bytes: Bytes::ZERO,
+            why: "only the rows that are asked for are read".to_owned(),
+        });
+    }
+    let buffers = requests
+        .iter()
+        .zip(&assignment.placement.offsets)
+        .filter(|((_, r), _)| r.size > 0)
+        .map(|((owner, r), &offset)| {
+            let (name, kind) = owner.describe(&program, &assignment);
+            PlannedBuffer {
+                name,
+                kind,
+                offset: Bytes(offset as u64),
+                size: Bytes(r.size as u64),
+                first: *r.live.start(),
+                last: *r.live.end(),
+            }
+        })
+        .collect();
+    let instructions = program
+        .instructions
+        .iter()
+        .enumerate()
+        .map(|(i, instruction)| PlannedInstruction {
+            name: match &instruction.stripe {
+                None => instruction.node.name.clone(),
+                Some(s) => {
+                    format!("{} rows {}..{}", instruction.node.name, s.output_rows.start, s.output_rows.end)
+                }
+            },
+            op: instruction.node.op.name().to_owned(),
+            kernel: instruction.kernel.name().to_owned(),
+            seconds: Seconds(timeline.compute[i]),
+            live: Bytes(live.get(i).copied().unwrap_or(0) as u64),
+        })
+        .collect();
+    let peak = assignment.placement.total + outside;
+    let plan = Plan {
+        schema: PLAN_SCHEMA.to_owned(),
+        budget: options.budget,
+        threads: options.threads,
+        arena: Bytes(assignment.placement.total as u64),
+        arena_lower_bound: Bytes(live.iter().copied().max().unwrap_or(0) as u64),
+        outside_arena: Bytes(outside as u64),
+        heap_limit: options.budget.map(|b| b.saturating_sub(Bytes(peak as u64))),
+        predicted_peak: Bytes(peak as u64),
+        predicted_seconds: Seconds(timeline.total),
+        predicted_stall: Seconds(timeline.stall),
+        weights_total: Bytes(program.weights.iter().map(|w| w.stored_bytes() as u64).sum()),
+        streamed_per_run: streamed,
+        peak_at,
+        buffers,
+        instructions,
+        weights,
+        decisions,
+    };
+    Layout { program, assignment, plan }
+}
+
+impl Plan {
+    /// Fraction by which the arena exceeds its lower bound.
+    pub fn arena_excess(&self) -> f64 {
+        self.arena.0 as f64 / (self.arena_lower_bound.0 as f64).max(1.0) - 1.0
+    }
+
+    /// The buffers that are alive at the peak, largest first.
+    pub fn peak_holders(&self) -> Vec<&PlannedBuffer> {
+        let mut alive: Vec<&PlannedBuffer> =
+            self.buffers.iter().filter(|b| (b.first..=b.last).contains(&self.peak_at)).collect();
+        alive.sort_by_key(|b| std::cmp::Reverse(b.size));
+        alive
+    }
+
+    /// The timeline as a picture: a self-contained SVG in which a person sees which tensor occupies which bytes
+    /// when, and what sets the peak.
+    pub fn to_svg(&self) -> String {
+        svg::draw(self)
+    }
+}
+
+impl std::fmt::Display for Plan {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        if let Some(budget) = self.budget {
+            writeln!(f, "budget            {budget}")?;
+        }
+        writeln!(f, "predicted peak    {} (beyond the program's own fixed cost)", self.predicted_peak)?;
+        writeln!(
+            f,
+            "arena             {} ({:.1} % above the largest live set, {})",
+            self.arena,
+            self.arena_excess() * 100.0,
+            self.arena_lower_bound
+        )?;
+        let resident: Bytes = self.weights.iter().filter(|w| w.streamed_at.is_none()).map(|w| w.size).sum();
+        writeln!(
+            f,
+            "weights           {} in the model, {resident} stay in memory, {} are read at each run",
+            self.weights_total, self.streamed_per_run
+        )?;
+        writeln!(
+            f,
+            "predicted time    {} on {} thread{}, {} of it waiting for weights",
+            self.predicted_seconds,
+            self.threads,
+            if self.threads == 1 { "" } else { "s" },
+            self.predicted_stall
+        )?;
+        if let Some(at) = self.instructions.get(self.peak_at) {
+            writeln!(f, "peak at           {} ({})", at.name, at.op)?;
+            for b in self.peak_holders().iter().take(5) {
+                writeln!(f, "                  {:>10}  {}", b.size.to_string(), b.name)?;
+            }
+        }
+        for d in &self.decisions {
+            write!(f, "{:<17} {}", d.technique, d.what)?;
+            if d.bytes > Bytes::ZERO {
+                write!(f, " ({})", d.bytes)?;
+            }
+            writeln!(f, ": {}", d.why)?;
+        }
+        Ok(())
+    }
+}

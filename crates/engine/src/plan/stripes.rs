@@ -1,0 +1,613 @@
+//! Layers split into stripes of rows, so that only some rows of a large intermediate result exist at a time.
+//!
+//! A *segment* is a run of consecutive instructions whose intermediate results nobody else reads. It is computed
+//! stripe by stripe: for some rows of the last result, the rows that every earlier instruction must yield follow
+//! from the shape of its window (a 3×3 convolution needs one row more on each side), and only those are computed,
+//! into buffers of that size. Rows at the border of two stripes are computed twice; that is the price, and the
+//! kernels yield the same bits for a row whichever stripe it is in.
+
+use std::collections::HashMap;
+use std::ops::Range;
+use std::sync::Arc;
+
+use lightering_graph::{ConvAttributes, Layout, Op, Padding, PoolAttributes};
+use lightering_kernels::{ConvShape, PoolShape};
+use lightering_units::Bytes;
+
+use super::Decision;
+use super::assign::activation_requests;
+use super::offsets::live_profile;
+use crate::kernel::Kernel;
+use crate::program::{
+    Buffer, BufferKind, Instruction, Operand, Program, Storage, Stripe, TensorInfo, aligned,
+};
+
+/// A run of instructions of the unsplit program, computed in this many stripes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Split {
+    pub segment: Range<usize>,
+    pub stripes: usize,
+}
+
+/// How far a segment may reach before and after the peak.
+const REACH_MAX: usize = 10;
+/// Numbers of stripes that are tried.
+const STRIPE_COUNTS: [usize; 6] = [2, 3, 4, 8, 14, 28];
+
+/// The splitting of a program so far.
+#[derive(Clone, Debug)]
+pub(crate) struct Splitter {
+    original: Program,
+    splits: Vec<Split>,
+}
+
+impl Splitter {
+    pub fn new(program: &Program) -> Splitter {
+        let mut original = program.clone();
+        for (i, instruction) in original.instructions.iter_mut().enumerate() {
+            instruction.origin = i;
+        }
+        Splitter { original, splits: Vec::new() }
+    }
+
+    /// Splits around instruction `peak` of the program as split so far, in the way that lowers the peak most (or
+    /// below `limit` with the least work done twice). `None` when nothing there helps.
+    pub fn split_at(&mut self, current: &Program, peak: usize, limit: usize) -> Option<Program> {
+        // Before the first split the current program does not know its positions yet.
+        let at = if self.splits.is_empty() { peak } else { current.instructions.get(peak)?.origin };
+        let before = score(current, limit);
+        let mut best: Option<(Score, Vec<Split>, Program)> = None;
+        for start in at.saturating_sub(REACH_MAX)..=at {
+            for end in at + 1..=(at + 1 + REACH_MAX).min(self.original.instructions.len()) {
+                if end - start < 2 {
+                    continue;
+                }
+                let segment = start..end;
+                let Some(kept) = self.without_inner(&segment) else { continue };
+                let Some(shape) = Segment::of(&self.original, segment.clone()) else { continue };
+                for stripes in STRIPE_COUNTS {
+                    if stripes > shape.rows {
+                        break;
+                    }
+                    let mut splits = kept.clone();
+                    splits.push(Split { segment: segment.clone(), stripes });
+                    if splits.len() == self.splits.len() && self.splits.contains(splits.last()?) {
+                        continue;
+                    }
+                    let Some(candidate) = apply(&self.original, &splits) else { continue };
+                    let score = score(&candidate, limit);
+                    if score < before && best.as_ref().is_none_or(|(b, _, _)| score < *b) {
+                        best = Some((score, splits, candidate));
+                    }
+                }
+            }
+        }
+        let (_, splits, program) = best?;
+        self.splits = splits;
+        Some(program)
+    }
+
+    /// The splits that lie outside `segment`; `None` when one overlaps it in part.
+    fn without_inner(&self, segment: &Range<usize>) -> Option<Vec<Split>> {
+        let mut kept = Vec::new();
+        for s in &self.splits {
+            let apart = s.segment.end <= segment.start || segment.end <= s.segment.start;
+            let inside = segment.start <= s.segment.start && s.segment.end <= segment.end;
+            if apart {
+                kept.push(s.clone());
+            } else if !inside {
+                return None;
+            }
+        }
+        Some(kept)
+    }
+
+    /// The decisions in words.
+    pub fn decisions(&self, program: &Program) -> Vec<Decision> {
+        let before: f64 = self.original.instructions.iter().map(|i| i.cost.flops.0).sum();
+        let after: f64 = program.instructions.iter().map(|i| i.cost.flops.0).sum();
+        let mut splits = self.splits.clone();
+        splits.sort_by_key(|s| s.segment.start);
+        splits
+            .iter()
+            .map(|s| {
+                let name = |i: usize| self.original.instructions[i].node.name.as_str();
+                let bytes: usize = self.original.instructions[s.segment.start..s.segment.end - 1]
+                    .iter()
+                    .flat_map(|i| i.outputs.iter().flatten())
+                    .map(|o| self.original.tensors[o.tensor].size_bytes())
+                    .sum();
+                Decision {
+                    technique: "stripes".to_owned(),
+                    what: format!("{} to {} in {} stripes", name(s.segment.start), name(s.segment.end - 1), s.stripes),
+                    bytes: Bytes(bytes as u64),
+                    why: format!(
+                        "the results between them never exist as a whole; work done twice adds {:.1} % to the model",
+                        (after / before.max(1.0) - 1.0) * 100.0
+                    ),
+                }
+            })
+            .collect()
+    }
+}
+
+/// Smaller is better: bytes above the limit at the worst instruction, how many instructions are that bad, then work.
+#[derive(Clone, Copy, Debug, PartialEq, PartialOrd)]
+struct Score(usize, usize, f64);
+
+/// What must be in memory at each instruction at least: activations, scratch, and the weights used there.
+fn least_live(program: &Program) -> Vec<usize> {
+    let requests: Vec<_> = activation_requests(program).into_iter().map(|(_, r)| r).collect();
+    let mut live = live_profile(&requests);
+    live.resize(program.instructions.len(), 0);
+    let mut uses: HashMap<usize, (usize, usize)> = HashMap::new();
+    for (i, instruction) in program.instructions.iter().enumerate() {
+        for w in program.weights_of(instruction) {
+            uses.entry(w).or_insert((i, i)).1 = i;
+        }
+    }
+    for (w, (first, last)) in uses {
+        live[first..=last].iter_mut().for_each(|l| *l += program.weights[w].size);
+    }
+    live
+}
+
+fn score(program: &Program, limit: usize) -> Score {
+    let live = least_live(program);
+    // A little room for the staging area and for fragmentation.
+    let limit = limit.saturating_sub(limit / 32);
+    let worst = live.iter().copied().max().unwrap_or(0);
+    let excess = worst.saturating_sub(limit);
+    let bad = live.iter().filter(|&&l| l > limit && l + l / 50 >= worst).count();
+    let work: f64 = program.instructions.iter().map(|i| i.cost.flops.0).sum();
+    Score(excess, bad, work)
+}
+
+/// How the rows of an operand follow from the rows of the result.
+#[derive(Clone, Copy, Debug)]
+enum Rows {
+    /// The operand is needed as a whole.
+    Whole,
+    /// The same rows.
+    Same,
+    /// The rows under a window.
+    Window { kernel: usize, stride: usize, dilation: usize, pad: usize, rows: usize },
+}
+
+impl Rows {
+    fn of(self, result: &Range<usize>) -> Option<Range<usize>> {
+        match self {
+            Rows::Whole => None,
+            Rows::Same => Some(result.clone()),
+            Rows::Window { kernel, stride, dilation, pad, rows } => {
+                let start = (result.start * stride).saturating_sub(pad).min(rows);
+                let last = (result.end - 1) * stride + (kernel - 1) * dilation + 1;
+                Some(start..last.saturating_sub(pad).clamp(start, rows))
+            }
+        }
+    }
+}
+
+/// An instruction that can be computed row by row.
+struct Striped {
+    /// Rows of the result.
+    rows: usize,
+    /// Per operand.
+    operands: Vec<Rows>,
+}
+
+fn conv_rows(s: &ConvShape) -> Rows {
+    Rows::Window {
+        kernel: s.kernel[0],
+        stride: s.stride[0],
+        dilation: s.dilation[0],
+        pad: s.pads[0],
+        rows: s.in_h,
+    }
+}
+
+fn pool_rows(s: &PoolShape) -> Rows {
+    Rows::Window {
+        kernel: s.kernel[0],
+        stride: s.stride[0],
+        dilation: s.dilation[0],
+        pad: s.pads[0],
+        rows: s.in_h,
+    }
+}
+
+/// How an instruction splits by rows; `None` when it does not.
+fn striped(instruction: &Instruction) -> Option<Striped> {
+    if instruction.outputs.len() > 1 && instruction.outputs[1..].iter().any(Option::is_some) {
+        return None;
+    }
+    let result = instruction.outputs.first()?.as_ref()?;
+    let mut operands = vec![Rows::Whole; instruction.inputs.len()];
+    let rows = match &instruction.kernel {
+        Kernel::Conv { shape, batch: 1, planes, .. } => {
+            if !planes {
+                operands[0] = conv_rows(shape);
+            }
+            if operands.len() > 3 {
+                operands[3] = Rows::Same;
+            }
+            shape.out_h
+        }
+        Kernel::Pool { shape, batch: 1, .. } => {
+            operands[0] = pool_rows(shape);
+            shape.out_h
+        }
+        Kernel::MatMul { rows, .. } => {
+            operands[0] = Rows::Same;
+            if operands.len() > 3 {
+                operands[3] = Rows::Same;
+            }
+            *rows
+        }
+        Kernel::Activate { .. } => {
+            operands[0] = Rows::Same;
+            row_count(&result.dims)?
+        }
+        Kernel::Generic => match &instruction.node.op {
+            Op::Unary(_)
+            | Op::Binary(_)
+            | Op::Elementwise(_)
+            | Op::Clip
+            | Op::QLinearUnary(_)
+            | Op::QLinearBinary { .. } => {
+                for (rows, operand) in operands.iter_mut().zip(&instruction.inputs) {
+                    if operand.as_ref().is_some_and(|o| o.dims == result.dims) {
+                        *rows = Rows::Same;
+                    }
+                }
+                // An operand that broadcasts along the rows stays whole; one that varies along them, but not along
+                // others, has rows of its own which the general kernel could not line up.
+                let axis = result.dims.iter().position(|&d| d > 1)?;
+                let ragged = instruction.inputs.iter().flatten().any(|o| {
+                    o.dims != result.dims && {
+                        let lead = result.dims.len() as isize - o.dims.len() as isize;
+                        let at = axis as isize - lead;
+                        at >= 0 && o.dims[at as usize] > 1
+                    }
+                });
+                if ragged {
+                    return None;
+                }
+                row_count(&result.dims)?
+            }
+            Op::QLinearConv(ConvAttributes { layout: Layout::ChannelsLast, .. })
+            | Op::QLinearPool(PoolAttributes { layout: Layout::ChannelsLast, .. }) => {
+                let x = instruction.inputs.first()?.as_ref()?;
+                operands[0] = generic_window(&instruction.node.op, &x.dims, instruction)?;
+                result.dims[1]
+            }
+            _ => return None,
+        },
+        _ => return None,
+    };
+    (rows > 1).then_some(Striped { rows, operands })
+}
+
+/// The rows of a tensor: its first dimension that is not 1.
+fn row_count(dims: &[usize]) -> Option<usize> {
+    dims.iter().copied().find(|&d| d > 1)
+}
+
+/// The window over rows of an operator that goes through the general kernel.
+fn generic_window(op: &Op, x: &[usize], instruction: &Instruction) -> Option<Rows> {
+    if x.len() != 4 || x[0] != 1 {
+        return None;
+    }
+    let (kernel, strides, dilations, padding) = match op {
+        Op::QLinearConv(a) => {
+            let w = &instruction.inputs.get(3)?.as_ref()?.dims;
+            (w[2..].to_vec(), &a.strides, &a.dilations, &a.padding)
+        }
+        Op::QLinearPool(a) => (a.kernel.clone(), &a.strides, &a.dilations, &a.padding),
+        _ => return None,
+    };
+    let at = |v: &[usize]| v.first().copied().unwrap_or(1);
+    let (strides_full, dilations_full): (Vec<usize>, Vec<usize>) = (
+        if strides.is_empty() { vec![1; 2] } else { strides.clone() },
+        if dilations.is_empty() { vec![1; 2] } else { dilations.clone() },
+    );
+    let window = lightering_graph::infer::window::resolve_window(
+        &x[1..3],
+        &kernel,
+        &strides_full,
+        &dilations_full,
+        padding,
+        matches!(op, Op::QLinearPool(a) if a.ceil_mode),
+    )
+    .ok()?;
+    let pad = usize::try_from(window.pads[0]).ok()?;
+    Some(Rows::Window { kernel: kernel[0], stride: at(strides), dilation: at(dilations), pad, rows: x[1] })
+}
+
+/// The operator of one stripe: the same window with the padding that is left at the top and bottom.
+fn stripe_op(
+    op: &Op,
+    x: &[usize],
+    rows: &Range<usize>,
+    given: &Range<usize>,
+    instruction: &Instruction,
+) -> Option<Op> {
+    let Rows::Window { kernel, stride, dilation, pad, .. } = generic_window(op, x, instruction)? else {
+        return None;
+    };
+    let top = (given.start + pad) as i64 - (rows.start * stride) as i64;
+    let need = (rows.len() - 1) * stride + (kernel - 1) * dilation + 1;
+    let bottom = need as i64 - top - given.len() as i64;
+    let side = |padding: &Padding,
+                kernel: &[usize],
+                strides: &[usize],
+                dilations: &[usize]|
+     -> Option<Padding> {
+        let two = |v: &[usize]| if v.is_empty() { vec![1, 1] } else { v.to_vec() };
+        let window = lightering_graph::infer::window::resolve_window(
+            &x[1..3],
+            kernel,
+            &two(strides),
+            &two(dilations),
+            padding,
+            false,
+        )
+        .ok()?;
+        let right = |w: i64| w;
+        Some(Padding::Explicit(vec![top, right(window.pads[1] as i64), bottom, right(window.pads[3] as i64)]))
+    };
+    let mut op = op.clone();
+    match &mut op {
+        Op::QLinearConv(a) => {
+            let kernel = instruction.inputs.get(3)?.as_ref()?.dims[2..].to_vec();
+            a.padding = side(&a.padding, &kernel, &a.strides, &a.dilations)?;
+        }
+        Op::QLinearPool(a) => {
+            if a.ceil_mode {
+                return None;
+            }
+            a.padding = side(&a.padding, &a.kernel, &a.strides, &a.dilations)?;
+        }
+        _ => return None,
+    }
+    Some(op)
+}
+
+/// A segment that can be computed in stripes.
+struct Segment {
+    /// Rows of the last result.
+    rows: usize,
+    /// Per instruction.
+    parts: Vec<Striped>,
+    /// Tensors that are made and read inside only.
+    inner: Vec<usize>,
+}
+
+impl Segment {
+    fn of(program: &Program, range: Range<usize>) -> Option<Segment> {
+        let instructions = &program.instructions[range.clone()];
+        let parts: Vec<Striped> = instructions.iter().map(striped).collect::<Option<_>>()?;
+        let last = instructions.last()?;
+        let result = last.outputs.first()?.as_ref()?.tensor;
+        let inner: Vec<usize> = instructions[..instructions.len() - 1]
+            .iter()
+            .map(|i| i.outputs.first().and_then(Option::as_ref).map(|o| o.tensor))
+            .collect::<Option<_>>()?;
+        let buffer = |t: usize| match program.tensors[t].storage {
+            Storage::Buffer { buffer, .. } => Some(buffer),
+            _ => None,
+        };
+        let result_buffer = buffer(result)?;
+        for &t in &inner {
+            // The whole of a buffer of its own, which nobody outside touches.
+            let b = buffer(t)?;
+            let Storage::Buffer { offset: 0, .. } = program.tensors[t].storage else { return None };
+            let exact = program.buffers[b].kind == BufferKind::Activation
+                && program.buffers[b].size == aligned(program.tensors[t].size_bytes());
+            let outside = program.instructions.iter().enumerate().any(|(i, instruction)| {
+                !range.contains(&i) && program.buffers_of(instruction).any(|x| x == b)
+            });
+            let views = program.tensors.iter().enumerate().any(|(other, info)| {
+                !inner.contains(&other)
+                    && matches!(info.storage, Storage::Buffer { buffer, .. } if buffer == b)
+                    && program.instructions[range.clone()]
+                        .iter()
+                        .any(|i| i.inputs.iter().chain(&i.outputs).flatten().any(|o| o.tensor == other))
+            });
+            if !exact || outside || views || b == result_buffer {
+                return None;
+            }
+        }
+        // Every instruction but the last feeds the segment, and the rows of producer and consumer must agree.
+        let rows_of: HashMap<usize, usize> =
+            inner.iter().copied().zip(parts.iter().map(|p| p.rows)).collect();
+        for (instruction, part) in instructions.iter().zip(&parts) {
+            if instruction.in_place {
+                let source = instruction.inputs.first()?.as_ref()?.tensor;
+                if !inner.contains(&source) {
+                    return None;
+                }
+            }
+            for (operand, rows) in instruction.inputs.iter().zip(&part.operands) {
+                let Some(operand) = operand else { continue };
+                let count = match rows {
+                    Rows::Whole if inner.contains(&operand.tensor) => return None,
+                    Rows::Whole => continue,
+                    Rows::Same => part.rows,
+                    Rows::Window { rows, .. } => *rows,
+                };
+                if rows_of.get(&operand.tensor).is_some_and(|&r| r != count) {
+                    return None;
+                }
+                let whole = operand.bytes == (0..program.tensors[operand.tensor].size_bytes());
+                if !whole || operand.bytes.len() % count != 0 {
+                    return None;
+                }
+            }
+        }
+        for &t in &inner {
+            let read = instructions.iter().any(|i| i.inputs.iter().flatten().any(|o| o.tensor == t));
+            if !read {
+                return None;
+            }
+        }
+        Some(Segment { rows: parts.last()?.rows, parts, inner })
+    }
+}
+
+/// Applies splits of disjoint segments to a program.
+fn apply(original: &Program, splits: &[Split]) -> Option<Program> {
+    let mut order: Vec<&Split> = splits.iter().collect();
+    order.sort_by_key(|s| s.segment.start);
+    let mut program = original.clone();
+    program.instructions.clear();
+    let mut at = 0;
+    for split in order {
+        program.instructions.extend_from_slice(&original.instructions[at..split.segment.start]);
+        let segment = Segment::of(original, split.segment.clone())?;
+        emit(original, &mut program, split, &segment)?;
+        at = split.segment.end;
+    }
+    program.instructions.extend_from_slice(&original.instructions[at..]);
+    Some(program)
+}
+
+/// Appends the instructions of all stripes of one segment.
+fn emit(original: &Program, program: &mut Program, split: &Split, segment: &Segment) -> Option<()> {
+    let instructions = &original.instructions[split.segment.clone()];
+    let count = split.stripes;
+    for stripe in 0..count {
+        let rows = segment.rows * stripe / count..segment.rows * (stripe + 1) / count;
+        if rows.is_empty() {
+            continue;
+        }
+        // Backwards: which rows of every inner tensor this stripe needs.
+        let mut needed: HashMap<usize, Range<usize>> = HashMap::new();
+        let mut result_rows = vec![0..0; instructions.len()];
+        for (i, (instruction, part)) in instructions.iter().zip(&segment.parts).enumerate().rev() {
+            let own = if i + 1 == instructions.len() {
+                rows.clone()
+            } else {
+                needed.get(&segment.inner[i]).cloned().unwrap_or(0..0)
+            };
+            result_rows[i] = own.clone();
+            if own.is_empty() {
+                continue;
+            }
+            for (operand, map) in instruction.inputs.iter().zip(&part.operands) {
+                let (Some(operand), Some(range)) = (operand, map.of(&own)) else { continue };
+                if segment.inner.contains(&operand.tensor) {
+                    let hull = needed.entry(operand.tensor).or_insert_with(|| range.clone());
+                    *hull = hull.start.min(range.start)..hull.end.max(range.end);
+                }
+            }
+        }
+        // Forwards: tensors of the stripe's size, and the instructions.
+        let mut tensor_of: HashMap<usize, usize> = HashMap::new();
+        for (i, (instruction, part)) in instructions.iter().zip(&segment.parts).enumerate() {
+            let own = result_rows[i].clone();
+            if own.is_empty() {
+                // Nothing of it is needed: the window reads padding alone.
+                return None;
+            }
+            let mut copy = instruction.clone();
+            let mut first_rows = vec![0; instruction.inputs.len()];
+            let mut node_rows = 0..0;
+            for (o, (operand, map)) in copy.inputs.iter_mut().zip(&part.operands).enumerate() {
+                let (Some(operand), Some(range)) = (operand.as_mut(), map.of(&own)) else { continue };
+                let total = match map {
+                    Rows::Window { rows, .. } => *rows,
+                    _ => part.rows,
+                };
+                let inner = tensor_of.get(&operand.tensor).map(|&t| (t, needed[&operand.tensor].clone()));
+                let row_bytes = original.tensors[operand.tensor].size_bytes() / total;
+                // What the kernel is given: all rows of an inner tensor, or the rows it needs of an outer one; an
+                // element-wise kernel wants exactly its own.
+                let (tensor, base) = match &inner {
+                    Some((tensor, held)) => (*tensor, held.start),
+                    None => (operand.tensor, 0),
+                };
+                first_rows[o] = range.start;
+                if o == 0 {
+                    node_rows = range.clone();
+                }
+                *operand = Operand {
+                    tensor,
+                    dims: with_rows(&operand.dims, total, range.len())?,
+                    bytes: (range.start - base) * row_bytes..(range.end - base) * row_bytes,
+                };
+            }
+            let result = copy.outputs.first_mut()?.as_mut()?;
+            let row_bytes = original.tensors[result.tensor].size_bytes() / part.rows;
+            let dims = with_rows(&result.dims, part.rows, own.len())?;
+            if i + 1 == instructions.len() {
+                *result = Operand {
+                    tensor: result.tensor,
+                    dims,
+                    bytes: own.start * row_bytes..own.end * row_bytes,
+                };
+            } else {
+                let old = &original.tensors[result.tensor];
+                let size = own.len() * row_bytes;
+                let storage = if instruction.in_place {
+                    let source = copy.inputs.first()?.as_ref()?.tensor;
+                    program.tensors[source].storage.clone()
+                } else {
+                    program.buffers.push(Buffer {
+                        name: format!("{} rows {}..{}", old.name, own.start, own.end),
+                        size: aligned(size),
+                        kind: BufferKind::Activation,
+                    });
+                    Storage::Buffer { buffer: program.buffers.len() - 1, offset: 0 }
+                };
+                program.tensors.push(TensorInfo {
+                    name: old.name.clone(),
+                    dtype: old.dtype,
+                    dims: dims.clone(),
+                    storage,
+                });
+                let tensor = program.tensors.len() - 1;
+                tensor_of.insert(result.tensor, tensor);
+                *result = Operand { tensor, dims, bytes: 0..size };
+            }
+            if matches!(copy.kernel, Kernel::Generic)
+                && let Some(x) = instruction.inputs.first()?.as_ref()
+                && matches!(part.operands.first(), Some(Rows::Window { .. }))
+            {
+                let op = stripe_op(&instruction.node.op, &x.dims, &own, &node_rows, instruction)?;
+                let mut node = (*instruction.node).clone();
+                node.op = op;
+                copy.node = Arc::new(node);
+            }
+            let share = own.len() as f64 / part.rows as f64;
+            copy.cost.flops = copy.cost.flops * share;
+            copy.cost.bytes_read = Bytes((copy.cost.bytes_read.0 as f64 * share) as u64);
+            copy.cost.bytes_written = Bytes((copy.cost.bytes_written.0 as f64 * share) as u64);
+            copy.stripe = Some(Stripe { output_rows: own, input_first_rows: first_rows });
+            program.instructions.push(copy);
+        }
+    }
+    Some(())
+}
+
+/// The dimensions with `rows` instead of `total` rows: the dimension of that size that comes first, or, for a
+/// product over several leading dimensions, those dimensions in one.
+fn with_rows(dims: &[usize], total: usize, rows: usize) -> Option<Vec<usize>> {
+    let mut new = dims.to_vec();
+    let axis = dims.iter().position(|&d| d > 1)?;
+    if dims[axis] == total {
+        new[axis] = rows;
+        return Some(new);
+    }
+    let mut product = 1;
+    for (i, &d) in dims.iter().enumerate() {
+        product *= d;
+        if product == total {
+            let mut joined = vec![1; i];
+            joined.push(rows);
+            joined.extend_from_slice(&dims[i + 1..]);
+            return Some(joined);
+        }
+    }
+    None
+}

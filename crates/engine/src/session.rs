@@ -1,0 +1,520 @@
+//! A planned graph, ready to run.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::Instant;
+
+use lightering_graph::{Graph, Tensor, TensorType, ValueType};
+use lightering_kernels::ThreadPool;
+use lightering_meter::{MemoryPool, Reservation};
+use lightering_tier::{Arena, ArenaRead, ArenaWrite, ByteSource};
+use lightering_units::{Bytes, Seconds};
+
+use crate::kernel::{Call, Kernel};
+use crate::loader::Loader;
+use crate::ops::{OpContext, TensorView, TensorViewMut};
+use crate::plan::{self, Layout, Plan, PlanOptions};
+use crate::program::{Instruction, Operand, Port, Program, Storage};
+use crate::{EngineError, RuntimeValue};
+
+/// Where the inputs of a run come from.
+pub trait Feed {
+    /// Writes the elements of input `name`, which has type `ty`, into `target`.
+    ///
+    /// # Errors
+    /// A sentence that says what is wrong with the input.
+    fn fill(&mut self, name: &str, ty: &TensorType, target: &mut [u8]) -> Result<(), String>;
+
+    /// Input `name` as a value, for inputs whose size the plan does not know (text, sequences, unknown shapes).
+    ///
+    /// # Errors
+    /// A sentence that says what is wrong with the input.
+    fn value(&mut self, name: &str, ty: &ValueType) -> Result<RuntimeValue, String>;
+}
+
+impl Feed for HashMap<String, RuntimeValue> {
+    fn fill(&mut self, name: &str, ty: &TensorType, target: &mut [u8]) -> Result<(), String> {
+        match self.get(name) {
+            Some(RuntimeValue::Tensor(t)) if t.tensor_type() == *ty => {
+                target.copy_from_slice(t.as_bytes());
+                Ok(())
+            }
+            Some(other) => Err(format!("has type {}, but the plan was made for {ty}", other.value_type())),
+            None => Err("is missing".to_owned()),
+        }
+    }
+
+    fn value(&mut self, name: &str, _ty: &ValueType) -> Result<RuntimeValue, String> {
+        self.get(name).cloned().ok_or_else(|| "is missing".to_owned())
+    }
+}
+
+/// A result as the session lends it: still in the arena if it can be.
+#[derive(Clone, Copy, Debug)]
+pub enum OutputView<'a> {
+    /// A tensor in the arena or a constant.
+    Tensor(TensorView<'a>),
+    /// A value on the heap.
+    Value(&'a RuntimeValue),
+}
+
+impl OutputView<'_> {
+    /// A copy that lives on.
+    pub fn to_value(&self) -> RuntimeValue {
+        match self {
+            OutputView::Value(v) => (*v).clone(),
+            OutputView::Tensor(t) => {
+                let tensor =
+                    Tensor::from_bytes(t.dtype, t.dims, t.bytes).expect("a view has the size of its type");
+                RuntimeValue::Tensor(tensor)
+            }
+        }
+    }
+}
+
+/// What one run took.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct RunReport {
+    /// From the first input to the last output.
+    pub seconds: Seconds,
+    /// Part of it spent waiting for weights.
+    pub stall: Seconds,
+    /// Weight bytes read from their stores.
+    pub bytes_streamed: Bytes,
+    /// Time of each instruction, in plan order; empty unless asked for.
+    pub instruction_seconds: Vec<Seconds>,
+}
+
+/// How a session is made.
+#[derive(Clone, Debug)]
+pub struct SessionOptions {
+    /// Budget, threads and machine.
+    pub plan: PlanOptions,
+    /// Times every instruction.
+    pub profile: bool,
+}
+
+/// A planned graph with its arena allocated and its resident weights in place.
+pub struct Session {
+    program: Program,
+    layout: plan::Assignment,
+    plan: Plan,
+    arena: Arc<Arena>,
+    loader: Loader,
+    threads: ThreadPool,
+    memory: MemoryPool,
+    profile: bool,
+    /// Per instruction: the weights whose reading starts before it, and those that it needs.
+    issue: Vec<Vec<usize>>,
+    needed: Vec<Vec<usize>>,
+    /// Per instruction: heap slots that nobody needs afterwards.
+    heap_dead: Vec<Vec<usize>>,
+    _reserved: Vec<Reservation>,
+}
+
+/// Plans a graph without allocating anything.
+///
+/// # Errors
+/// As [`Session::new`], less what the store or the system may say.
+pub fn plan_graph(graph: &Graph, options: &PlanOptions) -> Result<Plan, EngineError> {
+    let program = Program::build(graph, options.threads)?;
+    Ok(plan::plan(program, options)?.plan)
+}
+
+impl Session {
+    /// Plans `graph`, whose types must be inferred for the inputs at hand, allocates the arena and loads the weights
+    /// that stay.
+    ///
+    /// # Errors
+    /// [`EngineError::Budget`] before anything is allocated when no plan fits; [`EngineError::Io`] when a weight
+    /// cannot be read.
+    pub fn new(
+        graph: &Graph,
+        sources: Vec<Arc<dyn ByteSource>>,
+        options: &SessionOptions,
+    ) -> Result<Session, EngineError> {
+        let program = Program::build(graph, options.plan.threads)?;
+        let Layout { program, assignment, plan } = plan::plan(program, &options.plan)?;
+        let memory = MemoryPool::new(options.plan.budget);
+        let refused = |e: lightering_meter::MeterError| EngineError::Internal(e.to_string());
+        let reserved = vec![
+            memory.reserve("arena", plan.arena).map_err(refused)?,
+            memory.reserve("constants and bookkeeping", plan.outside_arena).map_err(refused)?,
+        ];
+        let arena = Arc::new(Arena::new(plan.arena).map_err(EngineError::Memory)?);
+        let loader = Loader::new(&program, &assignment, arena.clone(), sources)?;
+        let n = program.instructions.len();
+        let (mut issue, mut needed) = (vec![Vec::new(); n], vec![Vec::new(); n]);
+        for (w, load) in assignment.loads.iter().enumerate() {
+            if let Some(load) = load {
+                issue[load.issue].push(w);
+                needed[load.needed].push(w);
+            }
+        }
+        for list in &mut issue {
+            // The reader works in the order of need.
+            list.sort_by_key(|&w| assignment.loads[w].as_ref().map_or(0, |l| l.needed));
+        }
+        let heap_dead = heap_lifetimes(&program);
+        Ok(Session {
+            program,
+            layout: assignment,
+            plan,
+            arena,
+            loader,
+            threads: ThreadPool::new(options.plan.threads),
+            memory,
+            profile: options.profile,
+            issue,
+            needed,
+            heap_dead,
+            _reserved: reserved,
+        })
+    }
+
+    /// The plan that this session keeps.
+    pub fn plan(&self) -> &Plan {
+        &self.plan
+    }
+
+    /// The pool that counts every large buffer.
+    pub fn memory(&self) -> &MemoryPool {
+        &self.memory
+    }
+
+    /// Names and types of the inputs.
+    pub fn inputs(&self) -> impl Iterator<Item = (&str, &ValueType)> {
+        self.program.inputs.iter().map(|p| (p.name.as_str(), &p.ty))
+    }
+
+    /// Names and types of the outputs.
+    pub fn outputs(&self) -> impl Iterator<Item = (&str, &ValueType)> {
+        self.program.outputs.iter().map(|p| (p.name.as_str(), &p.ty))
+    }
+
+    /// Runs the graph once: `feed` gives the inputs, `fetch` gets the outputs one after the other.
+    ///
+    /// # Errors
+    /// What is wrong with an input or a node, by name; the session can be used again afterwards.
+    pub fn run(
+        &mut self,
+        feed: &mut dyn Feed,
+        fetch: &mut dyn FnMut(&str, OutputView<'_>) -> Result<(), EngineError>,
+    ) -> Result<RunReport, EngineError> {
+        let result = self.run_inner(feed, fetch);
+        self.loader.settle();
+        result
+    }
+
+    /// Runs the graph once and returns copies of the outputs, in order.
+    ///
+    /// # Errors
+    /// As [`run`](Self::run).
+    pub fn run_to_values(&mut self, feed: &mut dyn Feed) -> Result<Vec<RuntimeValue>, EngineError> {
+        let mut values = Vec::new();
+        self.run(feed, &mut |_, view| {
+            values.push(view.to_value());
+            Ok(())
+        })?;
+        Ok(values)
+    }
+
+    fn run_inner(
+        &mut self,
+        feed: &mut dyn Feed,
+        fetch: &mut dyn FnMut(&str, OutputView<'_>) -> Result<(), EngineError>,
+    ) -> Result<RunReport, EngineError> {
+        let start = Instant::now();
+        let read_before = self.bytes_read();
+        let mut heap = Heap::new(self.program.heap_slots, &self.memory);
+        let wrong = |port: &Port, problem: String| {
+            EngineError::Invalid(format!("input {:?} ({}) {problem}", port.name, port.ty))
+        };
+        for port in &self.program.inputs {
+            match &self.program.tensors[port.tensor].storage {
+                Storage::Heap(slot) => {
+                    let value = feed.value(&port.name, &port.ty).map_err(|e| wrong(port, e))?;
+                    heap.put(*slot, value).map_err(|e| wrong(port, e))?;
+                }
+                _ => {
+                    let mut target = self.write(&self.program.whole(port.tensor))?;
+                    let ty = port.ty.tensor().expect("an input in the arena is a tensor");
+                    feed.fill(&port.name, ty, &mut target).map_err(|e| wrong(port, e))?;
+                }
+            }
+        }
+        self.loader.begin_run(self.needed.iter().flatten().copied());
+        let mut report = RunReport::default();
+        let mut stall = 0.0;
+        for i in 0..self.program.instructions.len() {
+            for &w in &self.issue[i] {
+                self.loader.request(w);
+            }
+            if !self.needed[i].is_empty() {
+                let waiting = Instant::now();
+                for &w in &self.needed[i] {
+                    self.loader.wait(w)?;
+                }
+                stall += waiting.elapsed().as_secs_f64();
+            }
+            let began = self.profile.then(Instant::now);
+            self.execute(i, &mut heap)?;
+            if let Some(began) = began {
+                report.instruction_seconds.push(Seconds(began.elapsed().as_secs_f64()));
+            }
+            for &slot in &self.heap_dead[i] {
+                heap.drop_value(slot);
+            }
+        }
+        for port in &self.program.outputs {
+            let info = &self.program.tensors[port.tensor];
+            match &info.storage {
+                Storage::Heap(slot) => {
+                    let value = heap.get(*slot).ok_or_else(|| {
+                        EngineError::Internal(format!("output {:?} was never made", port.name))
+                    })?;
+                    fetch(&port.name, OutputView::Value(value))?;
+                }
+                Storage::Inline(t) => {
+                    let value = RuntimeValue::Tensor((**t).clone());
+                    fetch(&port.name, OutputView::Value(&value))?;
+                }
+                _ => {
+                    let operand = self.program.whole(port.tensor);
+                    let guard = self.read(&Operand { bytes: 0..info.size_bytes(), ..operand })?;
+                    let view = TensorView { dtype: info.dtype, dims: &info.dims, bytes: &guard };
+                    fetch(&port.name, OutputView::Tensor(view))?;
+                }
+            }
+        }
+        report.stall = Seconds(stall);
+        report.seconds = Seconds(start.elapsed().as_secs_f64());
+        report.bytes_streamed = self.bytes_read().saturating_sub(read_before);
+        Ok(report)
+    }
+
+    fn bytes_read(&self) -> Bytes {
+        self.loader.sources().iter().map(|s| s.bytes_read()).sum()
+    }
+
+    /// The operand's range of the arena, if it lies there.
+    fn range(&self, operand: &Operand) -> Option<std::ops::Range<usize>> {
+        let base = match &self.program.tensors[operand.tensor].storage {
+            Storage::Buffer { buffer, offset } => self.layout.buffer_offset[*buffer] + offset,
+            Storage::Weight(w) => self.layout.weight_offset[*w],
+            _ => return None,
+        };
+        Some(base + operand.bytes.start..base + operand.bytes.end)
+    }
+
+    fn conflict(&self, operand: &Operand, error: &lightering_tier::ArenaConflict) -> EngineError {
+        EngineError::Internal(format!("{}: {error}", self.program.tensors[operand.tensor].name))
+    }
+
+    fn read(&self, operand: &Operand) -> Result<ArenaRead<'_>, EngineError> {
+        let range = self.range(operand).unwrap_or(0..0);
+        self.arena.read(range).map_err(|e| self.conflict(operand, &e))
+    }
+
+    fn write(&self, operand: &Operand) -> Result<ArenaWrite<'_>, EngineError> {
+        let range = self.range(operand).unwrap_or(0..0);
+        self.arena.write(range).map_err(|e| self.conflict(operand, &e))
+    }
+
+    fn execute(&self, index: usize, heap: &mut Heap<'_>) -> Result<(), EngineError> {
+        let instruction = &self.program.instructions[index];
+        if matches!(instruction.kernel, Kernel::Dynamic) {
+            return self.execute_dynamic(instruction, heap);
+        }
+        // Guards first, then views that borrow them.
+        let mut input_guards: Vec<Option<ArenaRead<'_>>> = Vec::with_capacity(instruction.inputs.len());
+        for (i, operand) in instruction.inputs.iter().enumerate() {
+            let skip = i == 0 && instruction.in_place;
+            input_guards.push(match operand {
+                Some(operand) if !skip && self.range(operand).is_some() => Some(self.read(operand)?),
+                _ => None,
+            });
+        }
+        let mut output_guards: Vec<Option<ArenaWrite<'_>>> = Vec::with_capacity(instruction.outputs.len());
+        for operand in &instruction.outputs {
+            output_guards.push(match operand {
+                Some(operand) => Some(self.write(operand)?),
+                None => None,
+            });
+        }
+        let workspace_start = self.layout.workspace_offset[index];
+        let mut workspace = self
+            .arena
+            .write(workspace_start..workspace_start + instruction.workspace)
+            .map_err(|e| EngineError::Internal(format!("scratch of {}: {e}", instruction.node.name)))?;
+        let mut inputs = Vec::with_capacity(instruction.inputs.len());
+        for (i, operand) in instruction.inputs.iter().enumerate() {
+            let skip = i == 0 && instruction.in_place;
+            inputs.push(match operand {
+                Some(operand) if !skip => {
+                    let info = &self.program.tensors[operand.tensor];
+                    match (&info.storage, &input_guards[i]) {
+                        (Storage::Inline(t), _) => {
+                            Some(TensorView { dtype: info.dtype, dims: &operand.dims, bytes: t.as_bytes() })
+                        }
+                        (Storage::Heap(slot), _) => heap
+                            .get(*slot)
+                            .and_then(RuntimeValue::tensor)
+                            .map(|t| TensorView { dtype: t.dtype(), dims: t.dims(), bytes: t.as_bytes() }),
+                        (_, Some(guard)) => {
+                            Some(TensorView { dtype: info.dtype, dims: &operand.dims, bytes: guard })
+                        }
+                        _ => None,
+                    }
+                }
+                _ => None,
+            });
+        }
+        let mut outputs: Vec<Option<TensorViewMut<'_>>> = instruction
+            .outputs
+            .iter()
+            .zip(&mut output_guards)
+            .map(|(operand, guard)| {
+                let (operand, guard) = (operand.as_ref()?, guard.as_mut()?);
+                let dtype = self.program.tensors[operand.tensor].dtype;
+                Some(TensorViewMut { dtype, dims: &operand.dims, bytes: guard })
+            })
+            .collect();
+        let stored =
+            instruction.inputs.iter().flatten().find_map(|o| match self.program.tensors[o.tensor].storage {
+                Storage::Stored(s) => Some((s, self.loader.source(s.source.0 as usize)?)),
+                _ => None,
+            });
+        let call = Call {
+            instruction,
+            inputs: &inputs,
+            stored: stored.map(|(s, source)| (s, &**source)),
+            threads: &self.threads,
+            context: &self.context(),
+        };
+        call.run(&mut outputs, &mut workspace)
+    }
+
+    fn context(&self) -> OpContext<'_> {
+        OpContext {
+            threads: &self.threads,
+            memory: &self.memory,
+            sources: self.loader.sources(),
+            seed: 0,
+            images: None,
+            nesting: 0,
+        }
+    }
+
+    /// Runs a node whose results live on the counted heap.
+    fn execute_dynamic(&self, instruction: &Instruction, heap: &mut Heap<'_>) -> Result<(), EngineError> {
+        let node = &*instruction.node;
+        let mut owned: Vec<Option<RuntimeValue>> = Vec::with_capacity(instruction.inputs.len());
+        for operand in &instruction.inputs {
+            owned.push(match operand {
+                None => None,
+                Some(operand) => {
+                    let info = &self.program.tensors[operand.tensor];
+                    match &info.storage {
+                        Storage::Heap(_) => None,
+                        Storage::Inline(t) => Some(RuntimeValue::Tensor((**t).clone())),
+                        _ => {
+                            let guard = self.read(operand)?;
+                            let size = operand.dims.iter().product::<usize>() * info.dtype.size_bytes();
+                            let tensor = Tensor::from_bytes(info.dtype, &operand.dims, &guard[..size]);
+                            Some(RuntimeValue::Tensor(tensor.map_err(EngineError::from)?))
+                        }
+                    }
+                }
+            });
+        }
+        let inputs: Vec<Option<&RuntimeValue>> = instruction
+            .inputs
+            .iter()
+            .zip(&owned)
+            .map(|(operand, owned)| {
+                let operand = operand.as_ref()?;
+                match self.program.tensors[operand.tensor].storage {
+                    Storage::Heap(slot) => heap.get(slot),
+                    _ => owned.as_ref(),
+                }
+            })
+            .collect();
+        let wanted: Vec<bool> = node.outputs.iter().map(Option::is_some).collect();
+        let results = crate::interpreter::execute_op(&node.op, &inputs, &wanted, &self.context())
+            .map_err(|e| EngineError::at(node, e))?;
+        for (operand, result) in instruction.outputs.iter().zip(results) {
+            if let (Some(operand), Some(value)) = (operand, result)
+                && let Storage::Heap(slot) = self.program.tensors[operand.tensor].storage
+            {
+                heap.put(slot, value).map_err(|what| EngineError::OutOfBudget {
+                    node: node.name.clone(),
+                    op: node.op.name().to_owned(),
+                    what,
+                })?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Values whose size nobody knew beforehand, each with its reservation.
+struct Heap<'a> {
+    slots: Vec<Option<(RuntimeValue, Reservation)>>,
+    memory: &'a MemoryPool,
+}
+
+/// Bytes that a value holds.
+fn value_bytes(value: &RuntimeValue) -> Bytes {
+    match value {
+        RuntimeValue::Tensor(t) => t.size_bytes(),
+        RuntimeValue::Sequence(_, items) => items.iter().map(value_bytes).sum(),
+        RuntimeValue::Optional(_, item) => item.as_deref().map_or(Bytes::ZERO, value_bytes),
+        RuntimeValue::Map(k, v) => k.size_bytes() + v.size_bytes(),
+    }
+}
+
+impl<'a> Heap<'a> {
+    fn new(slots: usize, memory: &'a MemoryPool) -> Heap<'a> {
+        Heap { slots: (0..slots).map(|_| None).collect(), memory }
+    }
+
+    fn put(&mut self, slot: usize, value: RuntimeValue) -> Result<(), String> {
+        let reservation =
+            self.memory.reserve("values of unknown size", value_bytes(&value)).map_err(|e| e.to_string())?;
+        self.slots[slot] = Some((value, reservation));
+        Ok(())
+    }
+
+    fn get(&self, slot: usize) -> Option<&RuntimeValue> {
+        self.slots[slot].as_ref().map(|(value, _)| value)
+    }
+
+    fn drop_value(&mut self, slot: usize) {
+        self.slots[slot] = None;
+    }
+}
+
+/// Per instruction: the heap slots that are read there for the last time.
+fn heap_lifetimes(program: &Program) -> Vec<Vec<usize>> {
+    let mut last: Vec<Option<usize>> = vec![None; program.heap_slots];
+    for (i, instruction) in program.instructions.iter().enumerate() {
+        for operand in instruction.inputs.iter().chain(&instruction.outputs).flatten() {
+            if let Storage::Heap(slot) = program.tensors[operand.tensor].storage {
+                last[slot] = Some(i);
+            }
+        }
+    }
+    for port in &program.outputs {
+        if let Storage::Heap(slot) = program.tensors[port.tensor].storage {
+            last[slot] = None;
+        }
+    }
+    let mut dead = vec![Vec::new(); program.instructions.len()];
+    for (slot, last) in last.into_iter().enumerate() {
+        if let Some(i) = last {
+            dead[i].push(slot);
+        }
+    }
+    dead
+}
