@@ -248,8 +248,15 @@ fn repeat(
         _ => None,
     };
     let count = count.map_or(Dim::UNKNOWN, |n| Dim::Fixed(n.max(0) as usize));
-    let mut results = types[1..].to_vec();
-    for ty in &output_types(body)[1 + carried..] {
+    // A loop may start from a value that can be absent and always yield one that is there.
+    let result = |(ty, yielded): (&ValueType, &ValueType)| match (ty, yielded) {
+        (_, ValueType::Optional(_)) => ty.clone(),
+        (ValueType::Optional(content), _) => (**content).clone(),
+        _ => ty.clone(),
+    };
+    let yielded = output_types(body);
+    let mut results: Vec<ValueType> = types[1..].iter().zip(&yielded[1..]).map(result).collect();
+    for ty in &yielded[1 + carried..] {
         results.push(stacked(ty, count.clone(), 0)?);
     }
     Ok(results)

@@ -267,14 +267,21 @@ pub(super) fn rotary_embedding(o: &Operands<'_>, heads: usize, rotary_dim: usize
         (n, _) => Dim::Fixed(n / 2),
     };
     let positions = o.optional(3, "position_ids")?;
+    if let Some(p) = &positions {
+        p.require(Class::Integer)?;
+        p.require_shape(&[batch.clone(), length.clone()])?;
+    }
     for cache in [&cos, &sin] {
         match &positions {
-            Some(p) => {
-                p.require(Class::Integer)?;
-                p.require_shape(&[batch.clone(), length.clone()])?;
-                cache.require_shape(&[Dim::UNKNOWN, half.clone()])?;
-            }
-            None => cache.require_shape(&[batch.clone(), length.clone(), half.clone()])?,
+            Some(_) => cache.require_rank(2)?,
+            None => cache.require_shape(&[batch.clone(), length.clone(), Dim::UNKNOWN])?,
+        }
+        // A cache may be wider than the rotated part.
+        let width = cache.rank().and_then(|r| r.checked_sub(1)).map_or(Dim::UNKNOWN, |last| cache.dim(last));
+        if let (Dim::Fixed(n), Dim::Fixed(needed)) = (&width, &half)
+            && n < needed
+        {
+            return Err(format!("{} has rows of {n}, expected at least {needed}", cache.role));
         }
     }
     Ok(vec![typed(dtype, x.shape)])

@@ -58,7 +58,7 @@ pub(super) fn reshape(o: &Operands<'_>, allow_zero: bool) -> Rule<Vec<ValueType>
     let x = o.tensor(0, "x")?;
     o.tensor(1, "shape")?.require(Class::Integer)?;
     let Some(wanted) = o.symbolic(1, "shape")? else {
-        return Ok(vec![typed(x.dtype, o.length(1).map(open))]);
+        return Ok(vec![typed(x.dtype, o.length(1).filter(|&n| n <= RANK_MAX).map(open))]);
     };
     let mut shape = Vec::new();
     let mut inferred = None;
@@ -196,14 +196,13 @@ pub(super) fn unsqueeze(o: &Operands<'_>) -> Rule<Vec<ValueType>> {
             let dim = |i| if added.contains(&i) { None } else { rest.next().cloned() };
             Some((0..rank).map(dim).map(|d| d.unwrap_or(Dim::Fixed(1))).collect())
         }
-        (Some(s), None) => o.length(1).map(|n| s.len() + n).filter(|&r| r <= RANK_MAX).map(open),
+        (Some(s), None) => {
+            o.length(1).and_then(|n| s.len().checked_add(n)).filter(|&r| r <= RANK_MAX).map(open)
+        }
         _ => None,
     };
     Ok(vec![typed(x.dtype, out)])
 }
-
-/// Ranks above this are not written out when they come from the length of an unknown list.
-const RANK_MAX: usize = 64;
 
 pub(super) fn transpose(o: &Operands<'_>, perm: Option<&[usize]>) -> Rule<Vec<ValueType>> {
     let x = o.tensor(0, "x")?;
@@ -1052,6 +1051,21 @@ pub(super) fn symbolic_result(o: &Operands<'_>) -> Option<Vec<SymbolicInt>> {
         Op::Unary(UnaryOp::Identity) | Op::Squeeze | Op::Unsqueeze => list(0)?,
         Op::Reshape { .. } if o.length(1)? <= 1 => list(0)?,
         Op::Cast { to: DType::I64, .. } => list(0)?,
+        Op::Unary(UnaryOp::Neg) if o.fact(0)?.ty.tensor()?.dtype == DType::I64 => {
+            let negated = |s: &SymbolicInt| match s {
+                SymbolicInt::Value(n) => n.checked_neg().map_or(SymbolicInt::Unknown, SymbolicInt::Value),
+                _ => SymbolicInt::Unknown,
+            };
+            list(0)?.iter().map(negated).collect()
+        }
+        Op::ConstantOfShape { value } if matches!(value.dtype(), DType::I64 | DType::I32) => {
+            let count = match o.ints(0, "shape").ok()??.as_slice() {
+                [] => 1,
+                [n] => usize::try_from(*n).ok().filter(|&n| n <= LENGTH_MAX)?,
+                _ => return None,
+            };
+            vec![SymbolicInt::Value(*value.to_i64s()?.first()?); count]
+        }
         Op::Cast { to: DType::I32, .. } => {
             let fits = |s: &SymbolicInt| match s {
                 SymbolicInt::Value(n) => i32::try_from(*n).is_ok(),

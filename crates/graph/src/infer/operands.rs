@@ -200,6 +200,10 @@ pub(super) fn join(a: &ValueType, b: &ValueType) -> Option<ValueType> {
         }
         (ValueType::Sequence(x), ValueType::Sequence(y)) => ValueType::Sequence(Box::new(join(x, y)?)),
         (ValueType::Optional(x), ValueType::Optional(y)) => ValueType::Optional(Box::new(join(x, y)?)),
+        // A value that is there is one that may be absent.
+        (ValueType::Optional(x), y) | (y, ValueType::Optional(x)) => {
+            ValueType::Optional(Box::new(join(x, y)?))
+        }
         (ValueType::Map { .. }, ValueType::Map { .. }) if a == b => a.clone(),
         _ => return None,
     })
@@ -282,6 +286,9 @@ pub(super) fn size_of(n: i64, what: &str) -> Rule<usize> {
 
 /// Longest constant that is read for axes, sizes and the like.
 const LIST_LENGTH_MAX: usize = 1 << 16;
+
+/// Ranks above this are not written out when they come from the length of an unknown list.
+pub(super) const RANK_MAX: usize = 64;
 
 /// The operands of a node with what is known of them.
 pub(super) struct Operands<'a> {

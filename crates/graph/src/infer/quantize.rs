@@ -33,12 +33,21 @@ fn require_scale_shape(x: &Known, scale: &Known, a: &QuantizeAttributes) -> Rule
     scale.require_shape(&expected)
 }
 
+/// As many zero points as scales; a single one may be spelled as a scalar or a list.
+fn require_zero_shape(zero: &Known, scale: &Known) -> Rule<()> {
+    match &scale.shape {
+        Some(s) if scale.elements() == Some(1) && s.len() <= 1 => zero.require_single(),
+        Some(s) => zero.require_shape(s),
+        None => Ok(()),
+    }
+}
+
 pub(super) fn quantize_linear(o: &Operands<'_>, a: &QuantizeAttributes) -> Rule<Vec<ValueType>> {
     let (x, scale) = (o.tensor(0, "x")?, o.tensor(1, "scale")?);
     let zero = o.optional(2, "zero")?;
     require_scale_shape(&x, &scale, a)?;
-    if let (Some(zero), Some(s)) = (&zero, &scale.shape) {
-        zero.require_shape(s)?;
+    if let Some(zero) = &zero {
+        require_zero_shape(zero, &scale)?;
     }
     let dtype = match (&zero, a.output_dtype) {
         (Some(zero), Some(d)) if zero.dtype.is_some_and(|z| z != d) => {
@@ -61,9 +70,7 @@ pub(super) fn dequantize_linear(o: &Operands<'_>, a: &QuantizeAttributes) -> Rul
     require_scale_shape(&x, &scale, a)?;
     if let Some(zero) = o.optional(2, "zero")? {
         same_dtype(&[&x, &zero])?;
-        if let Some(s) = &scale.shape {
-            zero.require_shape(s)?;
-        }
+        require_zero_shape(&zero, &scale)?;
     }
     let dtype = a.output_dtype.or(scale.dtype);
     if let Some(d) = dtype.filter(|d| !d.is_float()) {

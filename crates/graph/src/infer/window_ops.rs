@@ -259,7 +259,7 @@ pub(super) fn col2im(
     let image = image.map(|v| sizes(v, "an image size")).transpose()?;
     let block = block.map(|v| sizes(v, "a block size")).transpose()?;
     let rank = image.as_ref().or(block.as_ref()).map(Vec::len).or(o.length(1)).or(o.length(2));
-    let Some(rank) = rank else { return Ok(vec![typed(x.dtype, None)]) };
+    let Some(rank) = rank.filter(|&r| r <= RANK_MAX) else { return Ok(vec![typed(x.dtype, None)]) };
     if o.length(1).is_some_and(|n| n != rank) || o.length(2).is_some_and(|n| n != rank) {
         return Err("image_shape and block_shape differ in length".to_owned());
     }
