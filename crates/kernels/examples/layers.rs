@@ -3,8 +3,10 @@
 //! `cargo run --release -p lightering-kernels --example layers [threads]`; prints the best of several timed runs.
 
 use lightering_kernels::{
-    ConvInput, ConvShape, Epilogue, ThreadPool, conv_packed_len, conv_scratch_len, conv2d, gemm, pack_conv,
-    pack_kn, packed_len,
+    Activation, AttentionShape, ByteInput, ByteOutput, ByteWeights, ConvInput, ConvShape, Epilogue,
+    HeadStrides, ThreadPool, activate, attention, attention_scratch_len, conv_packed_bytes_len,
+    conv_packed_len, conv_scratch_len, conv2d, conv2d_bytes, gemm, layer_norm, pack_conv, pack_conv_bytes,
+    pack_kn, packed_len, softmax, transpose,
 };
 use std::time::{Duration, Instant};
 
@@ -73,6 +75,103 @@ fn product(pool: &ThreadPool, name: &str, m: usize, k: usize, n: usize) {
     pack_kn(k, n, &filled(k * n), n, &mut packed);
     let seconds = best_seconds(|| gemm(pool, m, n, k, &a, k, &packed, &mut c, n, &Epilogue::NONE));
     report(name, 2.0 * (m * n * k) as f64, seconds, (m * k + m * n + packed.len()) * 4);
+}
+
+fn conv_bytes(
+    pool: &ThreadPool,
+    name: &str,
+    h: usize,
+    c: usize,
+    o: usize,
+    k: usize,
+    s: usize,
+    groups: usize,
+) {
+    let pad = (k - 1) / 2;
+    let out = (h + 2 * pad - k) / s + 1;
+    let shape = ConvShape {
+        in_h: h,
+        in_w: h,
+        in_c: c,
+        out_h: out,
+        out_w: out,
+        out_c: o,
+        kernel: [k, k],
+        stride: [s, s],
+        dilation: [1, 1],
+        pads: [pad; 4],
+        groups,
+    };
+    let x: Vec<u8> = (0..h * h * c).map(|i| (i * 7 % 251) as u8).collect();
+    let w: Vec<u8> = (0..o * c / groups * k * k).map(|i| (i * 5 % 253) as u8).collect();
+    let (mut packed, mut sums) = (vec![0; conv_packed_bytes_len(&shape)], vec![0; o]);
+    pack_conv_bytes(&shape, &w, true, &mut packed, &mut sums);
+    let mut y = vec![0; out * out * o];
+    let seconds = best_seconds(|| {
+        let input = ByteInput { data: &x, signed: false, zero: 128, stride: c };
+        let weights = ByteWeights { packed: &packed, sums: &sums, zeros: None };
+        let output = ByteOutput::Bytes {
+            data: &mut y,
+            stride: o,
+            signed: false,
+            scale: &[0.001],
+            zero: 3,
+            limits: None,
+        };
+        conv2d_bytes(pool, &shape, input, 0, weights, None, output, 0..out);
+    });
+    report(name, 2.0 * shape.multiply_adds() as f64, seconds, x.len() + y.len() + packed.len());
+}
+
+fn heads(pool: &ThreadPool, name: &str, heads: usize, len: usize, dim: usize) {
+    let shape = AttentionShape {
+        heads,
+        kv_heads: heads,
+        q_len: len,
+        kv_len: len,
+        head_dim: dim,
+        value_dim: dim,
+        scale: 0.125,
+        causal: None,
+    };
+    let width = heads * dim;
+    let (qkv, mut out) = (filled(len * width * 3), vec![0.0; len * width]);
+    let mut scratch = vec![0.0; attention_scratch_len(&shape, pool.threads())];
+    let at = HeadStrides { position: 3 * width, head: dim };
+    let out_at = HeadStrides { position: width, head: dim };
+    let seconds = best_seconds(|| {
+        attention(
+            pool,
+            &shape,
+            &qkv,
+            at,
+            &qkv[width..],
+            at,
+            &qkv[2 * width..],
+            at,
+            None,
+            &mut out,
+            out_at,
+            &mut scratch,
+        );
+    });
+    report(name, 4.0 * (len * len * width) as f64, seconds, len * width * 16);
+}
+
+fn rows(pool: &ThreadPool) {
+    let (m, n) = (197, 768);
+    let (x, mut y) = (filled(m * n), vec![0.0; m * n]);
+    let size = (m * n) as f64;
+    let seconds = best_seconds(|| activate(pool, Activation::Gelu, &mut y));
+    report("gelu 197 x 768 (per value)", size, seconds, m * n * 8);
+    let seconds = best_seconds(|| activate(pool, Activation::Silu, &mut y));
+    report("silu 197 x 768 (per value)", size, seconds, m * n * 8);
+    let seconds = best_seconds(|| layer_norm(pool, m, n, &x, n, None, None, 1e-5, &mut y, n));
+    report("layer norm 197 x 768 (per value)", size, seconds, m * n * 8);
+    let seconds = best_seconds(|| softmax(pool, m, n, &x, n, &mut y, n));
+    report("softmax 197 x 768 (per value)", size, seconds, m * n * 8);
+    let seconds = best_seconds(|| transpose(pool, m, n, &x, n, &mut y, m));
+    report("transpose 197 x 768 (per value)", size, seconds, m * n * 8);
 }
 
 fn report(name: &str, flops: f64, seconds: f64, bytes: usize) {
@@ -152,5 +251,22 @@ fn main() {
         (1024, 1024, 1024),
     ] {
         product(&pool, &format!("product {m} x {k} x {n}"), m, k, n);
+    }
+    heads(&pool, "attention ViT-Tiny 3 heads 197 x 64", 3, 197, 64);
+    heads(&pool, "attention MiniLM 12 heads 128 x 32", 12, 128, 32);
+    rows(&pool);
+    for (h, c, o, k, s, g) in [
+        (224, 3, 32, 3, 2, 1),
+        (112, 32, 16, 1, 1, 1),
+        (56, 24, 144, 1, 1, 1),
+        (14, 96, 576, 1, 1, 1),
+        (14, 576, 96, 1, 1, 1),
+        (7, 960, 320, 1, 1, 1),
+        (14, 256, 256, 3, 1, 1),
+        (112, 32, 32, 3, 1, 32),
+        (28, 192, 192, 3, 1, 192),
+        (14, 576, 576, 3, 1, 576),
+    ] {
+        conv_bytes(&pool, &format!("bytes {h} {c}->{o} k{k} s{s} g{g}"), h, c, o, k, s, g);
     }
 }

@@ -39,7 +39,10 @@ mod pool;
 mod threads;
 
 pub use arch::Isa;
-pub use conv::{ConvInput, ConvShape, conv_packed_len, conv_scratch_len, conv2d, pack_conv};
+pub use conv::{
+    ConvInput, ConvShape, ConvTransposeShape, conv_packed_len, conv_scratch_len, conv_transpose_packed_len,
+    conv_transpose2d, conv2d, pack_conv, pack_conv_transpose,
+};
 pub use elementwise::{Binary, Operand, Step, elementwise};
 pub use epilogue::{Activation, Epilogue, Residual, activate};
 pub use gemm::{gemm, pack_kn, pack_nk, packed_len};

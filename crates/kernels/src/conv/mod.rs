@@ -6,6 +6,10 @@
 //! channels, the first of most networks, go through a small padded copy in which a whole kernel row is
 //! contiguous.
 
+mod transposed;
+
+pub use transposed::{ConvTransposeShape, conv_transpose_packed_len, conv_transpose2d, pack_conv_transpose};
+
 use crate::depthwise::depthwise;
 use crate::epilogue::{Epilogue, check_rows};
 use crate::gemm::{Panels, Product, RowSource, Strided, pack_with, packed_len, zeros};

@@ -201,7 +201,7 @@ impl<R: RowSource<f32>> Kernel for Part<'_, R> {
             (1, run.div_ceil(pieces).max(1))
         } else {
             let most = (BLOCK_K / run.max(1)).clamp(1, SEGMENTS);
-            (taps.div_ceil(taps.div_ceil(most)), run)
+            (taps.div_ceil(taps.div_ceil(most).max(1)), run)
         };
         let row_block = if self.panels.len() == 1 {
             self.rows.len()
