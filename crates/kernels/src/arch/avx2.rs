@@ -188,6 +188,34 @@ impl Simd for Avx2 {
         }
     }
     #[inline(always)]
+    unsafe fn store_integers(self, p: *mut i32, v: __m256) {
+        // SAFETY: as above.
+        unsafe { _mm256_storeu_si256(p.cast(), _mm256_cvtps_epi32(v)) }
+    }
+    #[inline(always)]
+    unsafe fn requantize(
+        self,
+        sums: *const i32,
+        offsets: *const i32,
+        scales: *const f32,
+        bounds: [f32; 2],
+        zero: i32,
+        out: *mut u8,
+        n: usize,
+    ) {
+        // SAFETY: as above; only `n` bytes are written.
+        unsafe {
+            let sum = _mm256_add_epi32(_mm256_loadu_si256(sums.cast()), _mm256_loadu_si256(offsets.cast()));
+            let y = _mm256_mul_ps(_mm256_cvtepi32_ps(sum), _mm256_loadu_ps(scales));
+            let y = _mm256_min_ps(_mm256_max_ps(y, _mm256_set1_ps(bounds[0])), _mm256_set1_ps(bounds[1]));
+            let y = _mm256_add_epi32(_mm256_cvtps_epi32(y), _mm256_set1_epi32(zero));
+            let mut values = [0i32; 8];
+            _mm256_storeu_si256(values.as_mut_ptr().cast(), y);
+            let bytes = values.map(|v| v as u8);
+            std::ptr::copy_nonoverlapping(bytes.as_ptr(), out, n.min(8));
+        }
+    }
+    #[inline(always)]
     fn prefetch(self, p: *const f32) {
         // SAFETY: a prefetch never faults.
         unsafe { _mm_prefetch::<_MM_HINT_T0>(p.cast()) }

@@ -1,6 +1,6 @@
 //! Dot products of bytes, exact in i32.
 
-use super::{Avx2, Isa, Portable};
+use super::{Avx2, Isa, Portable, Simd};
 
 /// A computation on bytes that is compiled once per instruction set.
 pub(crate) trait ByteKernel {
@@ -16,6 +16,8 @@ pub(crate) trait Bytes: Copy {
     const TILE_VECTORS: usize;
     /// Tallest register tile for a width of 1, 2, 3 and 4 vectors.
     const TILE_ROWS: [usize; 4];
+    /// The same set for f32.
+    type Float: Simd;
     /// A vector of sums.
     type I: Copy;
     /// Four unsigned bytes, repeated.
@@ -25,6 +27,8 @@ pub(crate) trait Bytes: Copy {
 
     /// Runs `kernel` compiled for this instruction set.
     fn vectorize<K: ByteKernel>(self, kernel: K);
+    /// The token of the same set for f32.
+    fn float(self) -> Self::Float;
     /// Zeros.
     fn zero(self) -> Self::I;
     /// Loads `LANES` sums.
@@ -71,6 +75,7 @@ impl Bytes for Portable {
     const LANES: usize = 8;
     const TILE_VECTORS: usize = 1;
     const TILE_ROWS: [usize; 4] = [4, 0, 0, 0];
+    type Float = Portable;
     type I = [i32; 8];
     type A = [i32; 4];
     type W = [[i8; 4]; 8];
@@ -78,6 +83,10 @@ impl Bytes for Portable {
     #[inline(never)]
     fn vectorize<K: ByteKernel>(self, kernel: K) {
         kernel.run(self);
+    }
+    #[inline(always)]
+    fn float(self) -> Portable {
+        self
     }
     #[inline(always)]
     fn zero(self) -> [i32; 8] {
@@ -113,6 +122,7 @@ impl Bytes for Portable {
 
 #[cfg(target_arch = "x86_64")]
 mod x86 {
+    use super::super::Avx512;
     use super::{Avx2, ByteKernel, Bytes};
     use std::arch::x86_64::*;
 
@@ -128,6 +138,7 @@ mod x86 {
         const LANES: usize = 8;
         const TILE_VECTORS: usize = 1;
         const TILE_ROWS: [usize; 4] = [4, 0, 0, 0];
+        type Float = Avx2;
         type I = __m256i;
         type A = __m256i;
         type W = [__m256i; 2];
@@ -136,6 +147,10 @@ mod x86 {
         fn vectorize<K: ByteKernel>(self, kernel: K) {
             // SAFETY: the token proves the features.
             unsafe { with_avx2(self, kernel) }
+        }
+        #[inline(always)]
+        fn float(self) -> Avx2 {
+            self
         }
         #[inline(always)]
         fn zero(self) -> __m256i {
@@ -180,13 +195,12 @@ mod x86 {
 
     /// Proof that the processor has AVX-512 with VNNI.
     #[derive(Clone, Copy, Debug)]
-    pub(crate) struct Vnni(());
+    pub(crate) struct Vnni(Avx512);
 
     impl Vnni {
         #[inline]
         pub(crate) fn detect() -> Option<Vnni> {
-            (super::super::Avx512::detect().is_some() && is_x86_feature_detected!("avx512vnni"))
-                .then_some(Vnni(()))
+            Avx512::detect().filter(|_| is_x86_feature_detected!("avx512vnni")).map(Vnni)
         }
     }
 
@@ -200,6 +214,7 @@ mod x86 {
         const LANES: usize = 16;
         const TILE_VECTORS: usize = 4;
         const TILE_ROWS: [usize; 4] = [12, 12, 8, 6];
+        type Float = Avx512;
         type I = __m512i;
         type A = __m512i;
         type W = __m512i;
@@ -208,6 +223,10 @@ mod x86 {
         fn vectorize<K: ByteKernel>(self, kernel: K) {
             // SAFETY: the token proves the features.
             unsafe { with_vnni(self, kernel) }
+        }
+        #[inline(always)]
+        fn float(self) -> Avx512 {
+            self.0
         }
         #[inline(always)]
         fn zero(self) -> __m512i {

@@ -180,6 +180,26 @@ pub trait Simd: Copy + Send + Sync + 'static {
     fn sum(self, a: Self::F) -> f32;
     /// Maximum of the lanes; NaN lanes may be dropped.
     fn maximum(self, a: Self::F) -> f32;
+    /// Stores `LANES` values, which are integers in the range of i32.
+    ///
+    /// # Safety
+    /// `p` is valid for writing `LANES` values.
+    unsafe fn store_integers(self, p: *mut i32, v: Self::F);
+    /// `out[i] = clamp(round_half_even((sums[i] + offsets[i]) * scales[i]), low, high) + zero` for `i < n <= LANES`;
+    /// the results fit a byte.
+    ///
+    /// # Safety
+    /// `sums`, `offsets` and `scales` are valid for reading `LANES` values, `out` for writing `n` bytes.
+    unsafe fn requantize(
+        self,
+        sums: *const i32,
+        offsets: *const i32,
+        scales: *const f32,
+        bounds: [f32; 2],
+        zero: i32,
+        out: *mut u8,
+        n: usize,
+    );
     /// Hints that the cache line at `p` will be read; `p` may be any address.
     fn prefetch(self, p: *const f32);
 }

@@ -2,7 +2,7 @@
 //! f32 arithmetic is exact for them and vectors of f32 do the work.
 
 use super::finish::{Columns, Sink};
-use super::{ByteWeights, OUTSIDE, PANEL};
+use super::{ByteWeights, PANEL};
 use crate::arch::{Kernel, Simd, dispatch};
 use crate::conv::{ConvShape, Taps};
 use crate::threads::ThreadPool;
@@ -58,76 +58,76 @@ impl<const SIGNED: bool> Kernel for Part<'_, SIGNED> {
         let [kernel_h, kernel_w] = shape.kernel;
         let taps = kernel_h * kernel_w;
         let channels = shape.out_c;
-        for y in rows {
-            for x in (0..shape.out_w).step_by(COLUMNS) {
-                let columns = COLUMNS.min(shape.out_w - x);
-                // Channels are cut so that the row for pixels outside the image is long enough.
-                for chunk in (0..channels).step_by(OUTSIDE) {
-                    let mut table = [[source.outside; COLUMNS]; TAPS];
+        let mut table = [[source.outside; COLUMNS]; TAPS];
+        for block in (0..channels).step_by(PANEL) {
+            let n = PANEL.min(channels - block);
+            let constants = Columns::new(weights.sums, weights.zeros, zero, taps, sink, block, n);
+            for y in rows.clone() {
+                for x in (0..shape.out_w).step_by(COLUMNS) {
+                    let columns = COLUMNS.min(shape.out_w - x);
+                    table[..taps].fill([source.outside; COLUMNS]);
+                    let mut tap = 0;
                     for ky in 0..kernel_h {
                         let iy = (y * shape.stride[0] + ky * shape.dilation[0]).wrapping_sub(shape.pads[0]);
                         for kx in 0..kernel_w {
+                            let left =
+                                (x * shape.stride[1] + kx * shape.dilation[1]).wrapping_sub(shape.pads[1]);
                             for c in 0..columns {
-                                let ix = ((x + c) * shape.stride[1] + kx * shape.dilation[1])
-                                    .wrapping_sub(shape.pads[1]);
+                                let ix = left.wrapping_add(c * shape.stride[1]);
                                 if iy < shape.in_h && ix < shape.in_w {
-                                    let index = (iy * shape.in_w + ix) * source.pixel_stride + chunk;
-                                    table[ky * kernel_w + kx][c] = source.data.wrapping_add(index);
+                                    let index = (iy * shape.in_w + ix) * source.pixel_stride + block;
+                                    table[tap][c] = source.data.wrapping_add(index);
                                 }
                             }
+                            tap += 1;
                         }
                     }
-                    let end = channels.min(chunk + OUTSIDE);
-                    for block in (chunk..end).step_by(PANEL) {
-                        let n = PANEL.min(end - block);
-                        let mut sums = [[0i32; PANEL]; COLUMNS];
-                        let mut c = 0;
-                        while c < n {
-                            let lanes = S::LANES.min(n - c);
-                            let offset = block - chunk + c;
-                            // SAFETY: every pointer has the channels up to `end`, weights have all channels.
-                            let totals = unsafe {
-                                let mut totals = [s.splat(0.0); COLUMNS];
-                                for (tap, pixels) in table[..taps].iter().enumerate() {
-                                    let w = weights.packed.as_ptr().add(tap * channels + block + c);
-                                    let w = s.load_bytes_n::<true>(w.cast(), lanes);
-                                    for x in 0..COLUMNS {
-                                        let a = s.load_bytes_n::<SIGNED>(pixels[x].add(offset), lanes);
-                                        totals[x] = s.fma(a, w, totals[x]);
+                    let mut sums = [[0i32; PANEL]; COLUMNS];
+                    let mut c = 0;
+                    while c < n {
+                        let mut totals = [s.splat(0.0); COLUMNS];
+                        // SAFETY: every pointer has the `n` channels of the block, weights have all channels; no
+                        // vector is wider than what is left of a line of sums.
+                        unsafe {
+                            macro_rules! taps {
+                                ($lanes:expr) => {
+                                    for (tap, pixels) in table[..taps].iter().enumerate() {
+                                        let w = weights.packed.as_ptr().add(tap * channels + block + c);
+                                        let w = s.load_bytes_n::<true>(w.cast(), $lanes);
+                                        for x in 0..COLUMNS {
+                                            let a = s.load_bytes_n::<SIGNED>(pixels[x].add(c), $lanes);
+                                            totals[x] = s.fma(a, w, totals[x]);
+                                        }
                                     }
-                                }
-                                totals
-                            };
-                            for x in 0..columns {
-                                let mut values = [0f32; 16];
-                                // SAFETY: no vector has more than 16 lanes.
-                                unsafe { s.store(values.as_mut_ptr(), totals[x]) };
-                                for i in 0..lanes {
-                                    // SAFETY: an integer below 2^24.
-                                    sums[x][c + i] = unsafe { values[i].to_int_unchecked() };
-                                }
+                                };
                             }
-                            c += S::LANES;
-                        }
-                        let constants = Columns::new(weights.sums, weights.zeros, zero, taps, sink, block, n);
-                        for c in 0..columns {
-                            if constants.has_zeros {
-                                // Each channel has a row sum of its own here.
-                                for i in 0..n {
-                                    let bytes = table[..taps].iter().map(|pixels| {
-                                        // SAFETY: as above.
-                                        let b = unsafe { *pixels[c].add(block - chunk + i) };
-                                        if SIGNED { i32::from(b as i8) } else { i32::from(b) }
-                                    });
-                                    sums[c][i] -=
-                                        weights.zeros.map_or(0, |z| z[block + i]) * bytes.sum::<i32>();
-                                }
+                            if n - c >= S::LANES {
+                                taps!(S::LANES);
+                            } else {
+                                taps!(n - c);
                             }
-                            let pixel = (y - first_row) * shape.out_w + x + c;
-                            // SAFETY: `conv2d_bytes` has checked that the output holds this pixel. The row sums
-                            // are subtracted already, hence 0.
-                            unsafe { sink.finish(&constants, &sums[c][..n], 0, pixel, block) };
+                            for x in 0..COLUMNS {
+                                s.store_integers(sums[x].as_mut_ptr().add(c), totals[x]);
+                            }
                         }
+                        c += S::LANES;
+                    }
+                    for c in 0..columns {
+                        if constants.has_zeros {
+                            // Each channel has a sum of activations of its own here.
+                            for i in 0..n {
+                                let bytes = table[..taps].iter().map(|pixels| {
+                                    // SAFETY: as above.
+                                    let b = unsafe { *pixels[c].add(i) };
+                                    if SIGNED { i32::from(b as i8) } else { i32::from(b) }
+                                });
+                                sums[c][i] -= weights.zeros.map_or(0, |z| z[block + i]) * bytes.sum::<i32>();
+                            }
+                        }
+                        let pixel = (y - first_row) * shape.out_w + x + c;
+                        // SAFETY: `conv2d_bytes` has checked that the output holds this pixel. The products with
+                        // the zero points are subtracted already, hence 0.
+                        unsafe { sink.finish(s, &constants, &mut sums[c], n, 0, pixel, block) };
                     }
                 }
             }

@@ -1,6 +1,7 @@
 //! What becomes of exact sums: bytes, i32 or f32.
 
 use super::PANEL;
+use crate::arch::Simd;
 use crate::epilogue::{Activation, check_rows};
 
 /// Where the sums of a product of bytes go. Rows (pixels) lie `stride` apart; scales have one value, or one per
@@ -117,40 +118,60 @@ impl<'a> Sink<'a> {
         Sink { first: self.first + first, ..*self }
     }
 
-    /// Writes a row of at most [`PANEL`] sums from column `column` on.
+    /// Writes a row of `n` sums from column `column` on; `row_sum` is the sum of the row's activations where the
+    /// weights have zero points.
     ///
     /// # Safety
     /// The output holds the row, and no other thread writes it.
     #[inline(always)]
-    pub(super) unsafe fn finish(&self, c: &Columns, sums: &[i32], row_sum: i32, row: usize, column: usize) {
-        let n = sums.len().min(PANEL);
+    pub(super) unsafe fn finish<S: Simd>(
+        &self,
+        s: S,
+        c: &Columns,
+        sums: &mut [i32; PANEL],
+        n: usize,
+        row_sum: i32,
+        row: usize,
+        column: usize,
+    ) {
+        let n = n.min(PANEL);
         let at = row * self.stride + self.first + column;
-        let total = |i: usize| {
-            let sum = sums[i].wrapping_add(c.offset[i]);
-            if c.has_zeros { sum.wrapping_sub(c.zeros[i].wrapping_mul(row_sum)) } else { sum }
-        };
+        if c.has_zeros {
+            for (sum, zero) in sums.iter_mut().zip(&c.zeros) {
+                *sum = sum.wrapping_sub(zero.wrapping_mul(row_sum));
+            }
+        }
         match self.target {
             Target::Bytes { data, zero, low, high } => {
-                // SAFETY: by contract.
-                let out = unsafe { std::slice::from_raw_parts_mut(data.add(at), n) };
-                for (i, out) in out.iter_mut().enumerate() {
-                    let y = (total(i) as f32 * c.scale[i]).round_ties_even().max(low).min(high);
-                    // SAFETY: between the bounds, which are small integers, and not NaN.
-                    *out = (unsafe { y.to_int_unchecked::<i32>() } + zero) as u8;
+                let mut i = 0;
+                while i < n {
+                    // SAFETY: by contract; the panel's arrays hold whole vectors.
+                    unsafe {
+                        s.requantize(
+                            sums.as_ptr().add(i),
+                            c.offset.as_ptr().add(i),
+                            c.scale.as_ptr().add(i),
+                            [low, high],
+                            zero,
+                            data.add(at + i),
+                            S::LANES.min(n - i),
+                        );
+                    }
+                    i += S::LANES;
                 }
             }
             Target::I32 { data } => {
                 // SAFETY: by contract.
                 let out = unsafe { std::slice::from_raw_parts_mut(data.add(at), n) };
-                for (i, out) in out.iter_mut().enumerate() {
-                    *out = total(i);
+                for (out, (sum, offset)) in out.iter_mut().zip(sums.iter().zip(&c.offset)) {
+                    *out = sum.wrapping_add(*offset);
                 }
             }
             Target::F32 { data, low, high } => {
                 // SAFETY: by contract.
                 let out = unsafe { std::slice::from_raw_parts_mut(data.add(at), n) };
                 for (i, out) in out.iter_mut().enumerate() {
-                    let y = total(i) as f32 * c.scale[i] + c.bias[i];
+                    let y = sums[i].wrapping_add(c.offset[i]) as f32 * c.scale[i] + c.bias[i];
                     let y = if y < low { low } else { y };
                     *out = if y > high { high } else { y };
                 }

@@ -275,10 +275,14 @@ impl<R: RowSource<u8>> ByteKernel for Part<'_, R> {
                         break;
                     }
                 }
+                let mut lines = sums.chunks_exact_mut(PANEL);
                 for r in 0..rows {
-                    let sums = &sums[r * PANEL..][..columns];
+                    let line = lines.next().and_then(|line| <&mut [i32; PANEL]>::try_from(line).ok());
+                    let line = line.expect("the buffer has ROWS_MAX lines of PANEL sums");
                     // SAFETY: the entry function has checked that the output holds this row.
-                    unsafe { p.sink.finish(&constants, sums, row_sums[r], row + r, column0) };
+                    unsafe {
+                        p.sink.finish(t.float(), &constants, line, columns, row_sums[r], row + r, column0);
+                    }
                 }
                 row += rows;
             }
