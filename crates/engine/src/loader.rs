@@ -59,15 +59,8 @@ impl Shelf {
                     return read(0, &mut target[..size]);
                 }
                 let mut staging = self.arena.write(self.staging.clone()).map_err(conflict)?;
+                // The planner sizes the staging area for the largest piece that cannot be divided.
                 let piece = weight.packing.piece_bytes(staging.len()).min(size.max(1));
-                let mut grown;
-                let staging: &mut [u8] = if piece <= staging.len() {
-                    &mut staging
-                } else {
-                    // One row of the weight is larger than the staging area; rows are bounded by the layer's width.
-                    grown = vec![0; piece];
-                    &mut grown
-                };
                 let mut at = 0;
                 while at < size {
                     let piece = piece.min(size - at);

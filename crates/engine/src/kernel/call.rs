@@ -1,11 +1,13 @@
 use lightering_graph::StoredTensor;
 use lightering_kernels::{
-    Activation, ConvInput, ConvShape, Epilogue, PoolKind, PoolShape, Residual, ThreadPool, activate, conv2d,
-    gemm, global_average_pool, pool2d,
+    Activation, AttentionMask, ByteInput, ByteOutput, ByteWeights, ConvInput, ConvShape, Epilogue, Matrices,
+    Operand, PoolKind, PoolShape, Residual, Step, ThreadPool, activate, attention, conv_packed_bytes_len,
+    conv2d, conv2d_bytes, elementwise, gemm, gemm_bytes, global_average_pool, layer_norm, matmul,
+    packed_bytes_len, pool2d, rms_norm, softmax,
 };
 use lightering_tier::ByteSource;
 
-use super::Kernel;
+use super::{Broadcast, Bytes8, ChainStep, Kernel};
 use crate::EngineError;
 use crate::ops::{self, OpContext, OpError, TensorView, TensorViewMut};
 use crate::program::Instruction;
@@ -47,6 +49,72 @@ impl<'a> Call<'a> {
                     global_average_pool(self.threads, *pixels, *channels, image, *channels, target);
                 }
                 Ok(())
+            }
+            Kernel::Chain { n, steps } => return self.chain(*n, steps, outputs),
+            Kernel::Product { batch, shape, a_step, b_step, transposed, activation } => {
+                let (a, b, c) = (self.f32(0)?, self.f32(1)?, self.result(outputs)?);
+                let [m, n, k] = *shape;
+                let b_row = if *transposed { k } else { n };
+                matmul(
+                    self.threads,
+                    *batch,
+                    *shape,
+                    a,
+                    Matrices { batch_stride: *a_step, row_stride: k },
+                    b,
+                    Matrices { batch_stride: *b_step, row_stride: b_row },
+                    *transposed,
+                    c,
+                    Matrices { batch_stride: m * n, row_stride: n },
+                    &Epilogue { bias: self.optional_f32(2), residual: None, activation: *activation },
+                    bytemuck::cast_slice_mut(workspace),
+                );
+                Ok(())
+            }
+            Kernel::Attention { batch, shape, at, mask } => {
+                let (q, k, v, y) = (self.f32(0)?, self.f32(1)?, self.f32(2)?, self.result(outputs)?);
+                let scratch = bytemuck::cast_slice_mut(workspace);
+                for b in 0..*batch {
+                    let mask = mask.and_then(|m| {
+                        let data = &self.optional_f32(3)?[b * m.batch..];
+                        Some(AttentionMask { data, head_stride: m.head, row_stride: m.row })
+                    });
+                    attention(
+                        self.threads,
+                        shape,
+                        &q[b * at.batch[0]..][..at.batch[0]],
+                        at.q,
+                        &k[b * at.batch[1]..][..at.batch[1]],
+                        at.k,
+                        &v[b * at.batch[2]..][..at.batch[2]],
+                        at.v,
+                        mask,
+                        &mut y[b * at.batch[3]..][..at.batch[3]],
+                        at.y,
+                        scratch,
+                    );
+                }
+                Ok(())
+            }
+            Kernel::Softmax { n, .. } => {
+                let (x, y) = (self.f32(0)?, self.result(outputs)?);
+                softmax(self.threads, x.len() / n, *n, x, *n, y, *n);
+                Ok(())
+            }
+            Kernel::LayerNorm { n, epsilon, .. } => {
+                let (x, y) = (self.f32(0)?, self.result(outputs)?);
+                let (gain, bias) = (self.optional_f32(1), self.optional_f32(2));
+                layer_norm(self.threads, x.len() / n, *n, x, *n, gain, bias, *epsilon, y, *n);
+                Ok(())
+            }
+            Kernel::RmsNorm { n, epsilon, .. } => {
+                let (x, y) = (self.f32(0)?, self.result(outputs)?);
+                rms_norm(self.threads, x.len() / n, *n, x, *n, self.optional_f32(1), *epsilon, y, *n);
+                Ok(())
+            }
+            Kernel::ByteConv { shape, batch, bytes } => return self.byte_conv(shape, *batch, bytes, outputs),
+            Kernel::ByteMatMul { rows, k, n, bytes } => {
+                return self.byte_matmul(*rows, *k, *n, bytes, outputs);
             }
             Kernel::Activate { activation } => {
                 let y = self.result(outputs)?;
@@ -136,6 +204,95 @@ impl<'a> Call<'a> {
         Ok(())
     }
 
+    fn chain(
+        &self,
+        n: usize,
+        steps: &[ChainStep],
+        outputs: &mut [Option<TensorViewMut<'_>>],
+    ) -> Result<(), EngineError> {
+        let y = self.result(outputs)?;
+        let x = if self.instruction.in_place { None } else { Some((self.f32(0)?, n)) };
+        let mut program = Vec::with_capacity(steps.len());
+        for step in steps {
+            program.push(match *step {
+                ChainStep::Unary(activation) => Step::Unary(activation),
+                ChainStep::Binary(op, operand, way) => {
+                    let data = self.f32(operand)?;
+                    Step::Binary(
+                        op,
+                        match way {
+                            Broadcast::Scalar => Operand::Scalar(data[0]),
+                            Broadcast::Column => Operand::Column(data),
+                            Broadcast::Row => Operand::Row(data),
+                            Broadcast::Full => Operand::Full { data, stride: n },
+                        },
+                    )
+                }
+            });
+        }
+        elementwise(self.threads, y.len() / n, n, x, &program, y, n);
+        Ok(())
+    }
+
+    /// The bytes of operand 0, the packed weights with their column sums, the bias, and the bytes of the result.
+    fn byte_operands<'b>(
+        &self,
+        panels: usize,
+        outputs: &'b mut [Option<TensorViewMut<'_>>],
+    ) -> Result<(&'a [u8], &'a [i8], &'a [i32], Option<&'a [i32]>, &'b mut [u8]), EngineError> {
+        let (Some(Some(x)), Some(Some(w)), Some(Some(y))) =
+            (self.inputs.first(), self.inputs.get(3), outputs.first_mut())
+        else {
+            return Err(self.missing("an operand"));
+        };
+        let (packed, sums) = w.bytes.split_at(panels.next_multiple_of(64));
+        let bias = self.inputs.get(8).and_then(Option::as_ref).map(|b| bytemuck::cast_slice(b.bytes));
+        Ok((x.bytes, bytemuck::cast_slice(packed), bytemuck::cast_slice(sums), bias, &mut *y.bytes))
+    }
+
+    fn byte_conv(
+        &self,
+        shape: &ConvShape,
+        batch: usize,
+        p: &Bytes8,
+        outputs: &mut [Option<TensorViewMut<'_>>],
+    ) -> Result<(), EngineError> {
+        let (x, packed, sums, bias, y) = self.byte_operands(conv_packed_bytes_len(shape), outputs)?;
+        let (rows, first_row) = match &self.instruction.stripe {
+            None => (0..shape.out_h, 0),
+            Some(s) => (s.output_rows.clone(), s.input_first_rows[0]),
+        };
+        let (image_in, image_out) = (x.len() / batch.max(1), rows.len() * shape.out_w * shape.out_c);
+        for b in 0..batch {
+            let input = ByteInput {
+                data: &x[b * image_in..][..image_in],
+                signed: p.x_signed,
+                zero: p.x_zero,
+                stride: shape.in_c,
+            };
+            let weights = ByteWeights { packed, sums: &sums[..shape.out_c], zeros: p.w_zeros.as_deref() };
+            let output = byte_output(&mut y[b * image_out..][..image_out], shape.out_c, p);
+            conv2d_bytes(self.threads, shape, input, first_row, weights, bias, output, rows.clone());
+        }
+        Ok(())
+    }
+
+    fn byte_matmul(
+        &self,
+        rows: usize,
+        k: usize,
+        n: usize,
+        p: &Bytes8,
+        outputs: &mut [Option<TensorViewMut<'_>>],
+    ) -> Result<(), EngineError> {
+        let (x, packed, sums, bias, y) = self.byte_operands(packed_bytes_len(k, n), outputs)?;
+        let rows = self.instruction.stripe.as_ref().map_or(rows, |s| s.output_rows.len());
+        let input = ByteInput { data: x, signed: p.x_signed, zero: p.x_zero, stride: k };
+        let weights = ByteWeights { packed, sums: &sums[..n], zeros: p.w_zeros.as_deref() };
+        gemm_bytes(self.threads, rows, n, k, input, weights, bias, byte_output(y, n, p));
+        Ok(())
+    }
+
     fn pool(
         &self,
         shape: &PoolShape,
@@ -183,4 +340,9 @@ impl<'a> Call<'a> {
         }
         Ok(())
     }
+}
+
+/// Where the sums of an 8-bit product go.
+fn byte_output<'a>(data: &'a mut [u8], stride: usize, p: &'a Bytes8) -> ByteOutput<'a> {
+    ByteOutput::Bytes { data, stride, signed: p.y_signed, scale: &p.scale, zero: p.y_zero, limits: p.limits }
 }

@@ -5,13 +5,17 @@ use std::sync::Arc;
 
 use lightering_graph::infer::window::resolve_window;
 use lightering_graph::{
-    ConvAttributes, Graph, Layout, MatMulAttributes, Node, NodeId, Op, PoolAttributes, ValueId,
+    AttentionAttributes, BinaryOp, ConvAttributes, ElementwiseStep, Graph, Layout, MatMulAttributes, Node,
+    NodeId, Op, PoolAttributes, UnaryOp, ValueId,
 };
-use lightering_kernels::{ConvShape, PoolShape, conv_scratch_len};
+use lightering_kernels::{
+    AttentionShape, Binary, ConvShape, HeadStrides, PoolShape, attention_scratch_len, conv_scratch_len,
+    matmul_scratch_len,
+};
 use lightering_units::DType;
 
 use super::packing::{Packing, Scale};
-use super::{Kernel, activation_of};
+use super::{Broadcast, Bytes8, ChainStep, HeadPlaces, Kernel, MaskPlace, activation_of};
 
 /// The choice for one node.
 pub(crate) struct Lowered {
@@ -97,7 +101,16 @@ fn reads_planes(graph: &Graph, node: &Node, operand: ValueId) -> bool {
 fn conv_shape(graph: &Graph, node: &Node, a: &ConvAttributes) -> Option<ConvShape> {
     let (x, w) = (f32_dims(graph, node, 0)?, f32_dims(graph, node, 1)?);
     let y = dims_of(graph, node.output(0)?, DType::F32)?;
-    if a.layout != Layout::ChannelsLast || x.len() != 4 || w.len() != 4 || !is_constant(graph, node, 1) {
+    if a.layout != Layout::ChannelsLast || !is_constant(graph, node, 1) {
+        return None;
+    }
+    shape_of(&x, &w, &y, a)
+}
+
+/// The shape of a channels-last convolution of `x` with weights `w` to `y`; `None` when it is not two-dimensional or
+/// crops.
+fn shape_of(x: &[usize], w: &[usize], y: &[usize], a: &ConvAttributes) -> Option<ConvShape> {
+    if x.len() != 4 || w.len() != 4 {
         return None;
     }
     let kernel = [w[2], w[3]];
@@ -124,11 +137,22 @@ fn conv_shape(graph: &Graph, node: &Node, a: &ConvAttributes) -> Option<ConvShap
 pub(crate) fn lower(graph: &Graph, node: &Node, threads: usize, absorbed: &HashSet<NodeId>) -> Lowered {
     let special = match &node.op {
         Op::Conv(a) => lower_conv(graph, node, a, threads, absorbed),
-        Op::MatMul(a) => lower_matmul(graph, node, a),
+        Op::MatMul(a) => lower_matmul(graph, node, a).or_else(|| lower_product(graph, node, a, threads)),
         Op::Pool(a) => lower_pool(graph, node, a),
         Op::GlobalPool { kind: lightering_graph::PoolKind::Average, layout: Layout::ChannelsLast } => {
             lower_global_average(graph, node)
         }
+        Op::Binary(_) | Op::Elementwise(_) => lower_chain(graph, node),
+        Op::Attention(a) => lower_attention(graph, node, a, threads),
+        Op::Softmax { axis, log: false } => {
+            last_axis_rows(graph, node, *axis).map(|(rows, n)| Lowered::generic(Kernel::Softmax { rows, n }))
+        }
+        Op::LayerNorm { axis, epsilon } => lower_norm(graph, node, *axis)
+            .map(|(rows, n)| Lowered::generic(Kernel::LayerNorm { rows, n, epsilon: *epsilon })),
+        Op::RmsNorm { axis, epsilon } => lower_norm(graph, node, *axis)
+            .map(|(rows, n)| Lowered::generic(Kernel::RmsNorm { rows, n, epsilon: *epsilon })),
+        Op::QLinearConv(a) => lower_byte_conv(graph, node, a),
+        Op::QLinearMatMul(a) => lower_byte_matmul(graph, node, a),
         Op::Unary(op) => f32_dims(graph, node, 0)
             .and_then(|_| activation_of(Some(op)))
             .map(|activation| Lowered::generic(Kernel::Activate { activation })),
@@ -223,4 +247,325 @@ fn lower_global_average(graph: &Graph, node: &Node) -> Option<Lowered> {
     let (&batch, &channels) = (x.first()?, x.last()?);
     let pixels = x[1..x.len().max(2) - 1].iter().product();
     Some(Lowered::generic(Kernel::GlobalAverage { batch, pixels, channels }))
+}
+
+fn binary_of(op: BinaryOp, swapped: bool) -> Option<Binary> {
+    Some(match (op, swapped) {
+        (BinaryOp::Add, _) => Binary::Add,
+        (BinaryOp::Mul, _) => Binary::Mul,
+        (BinaryOp::Sub, false) => Binary::Sub,
+        (BinaryOp::Sub, true) => Binary::SubFrom,
+        (BinaryOp::Div, false) => Binary::Div,
+        (BinaryOp::Div, true) => Binary::DivInto,
+        _ => return None,
+    })
+}
+
+/// Element-wise steps as one sweep, if every operand lies in one of four ways against the same rows.
+fn lower_chain(graph: &Graph, node: &Node) -> Option<Lowered> {
+    let result = dims_of(graph, node.output(0)?, DType::F32)?;
+    let mut dims = Vec::new();
+    for i in 0..node.inputs.len() {
+        dims.push(f32_dims(graph, node, i)?);
+    }
+    let mut lowered = Lowered::generic(Kernel::Generic);
+    let steps: Vec<ElementwiseStep> = match &node.op {
+        Op::Elementwise(steps) => steps.clone(),
+        Op::Binary(op) => {
+            let swapped = dims[0] != result;
+            if swapped {
+                dims.swap(0, 1);
+                lowered.replaced = vec![(0, node.input(1)?), (1, node.input(0)?)];
+            }
+            vec![ElementwiseStep::Binary { op: *op, operand: 1, swapped }]
+        }
+        _ => return None,
+    };
+    if dims[0] != result {
+        return None;
+    }
+    let total: usize = result.iter().product();
+    // The split of the result into rows and columns that the first broadcast operand asks for.
+    let mut split = None;
+    let mut ways = vec![Broadcast::Full; dims.len()];
+    for (i, d) in dims.iter().enumerate().skip(1) {
+        let count: usize = d.iter().product();
+        if *d == result {
+            continue;
+        }
+        if count == 1 {
+            ways[i] = Broadcast::Scalar;
+            continue;
+        }
+        // Dimensions lined up from the right.
+        let mut full = vec![1; result.len().checked_sub(d.len())?];
+        full.extend_from_slice(d);
+        let first = full.iter().position(|&x| x != 1)?;
+        let last = full.iter().rposition(|&x| x != 1)?;
+        let (way, n) = if full[first..] == result[first..] {
+            (Broadcast::Column, result[first..].iter().product::<usize>())
+        } else if full[..=last] == result[..=last] {
+            (Broadcast::Row, result[last + 1..].iter().product::<usize>())
+        } else {
+            return None;
+        };
+        if split.is_some_and(|s| s != n) {
+            return None;
+        }
+        split = Some(n);
+        ways[i] = way;
+    }
+    let n = split.unwrap_or(total).max(1);
+    let steps = steps
+        .iter()
+        .map(|step| match *step {
+            ElementwiseStep::Unary(op) => activation_of(Some(&op)).map(ChainStep::Unary),
+            ElementwiseStep::Binary { op, operand, swapped } => {
+                Some(ChainStep::Binary(binary_of(op, swapped)?, operand, *ways.get(operand)?))
+            }
+        })
+        .collect::<Option<Vec<_>>>()?;
+    lowered.kernel = Kernel::Chain { n, steps };
+    Some(lowered)
+}
+
+/// Rows and row length when `axis` is the last one of an f32 operand.
+fn last_axis_rows(graph: &Graph, node: &Node, axis: i64) -> Option<(usize, usize)> {
+    let x = f32_dims(graph, node, 0)?;
+    let last = axis == -1 || axis == x.len() as i64 - 1;
+    let n = *x.last()?;
+    (last && n > 0).then(|| (x.iter().product::<usize>() / n, n))
+}
+
+fn lower_norm(graph: &Graph, node: &Node, axis: i64) -> Option<(usize, usize)> {
+    let (rows, n) = last_axis_rows(graph, node, axis)?;
+    let only_result = node.outputs.iter().skip(1).all(Option::is_none);
+    let fits = (1..node.inputs.len()).all(|i| {
+        node.input(i).is_none() || f32_dims(graph, node, i).is_some_and(|d| d.iter().product::<usize>() == n)
+    });
+    (only_result && fits).then_some((rows, n))
+}
+
+fn lower_product(graph: &Graph, node: &Node, a: &MatMulAttributes, threads: usize) -> Option<Lowered> {
+    let (x, w) = (f32_dims(graph, node, 0)?, f32_dims(graph, node, 1)?);
+    if a.trans_a
+        || a.alpha != 1.0
+        || x.len() < 2
+        || w.len() < 2
+        || node.input(3).is_some()
+        || node.input(4).is_some()
+    {
+        return None;
+    }
+    let (m, k) = (x[x.len() - 2], x[x.len() - 1]);
+    let n = if a.trans_b { w[w.len() - 2] } else { w[w.len() - 1] };
+    let (lead_x, lead_w) = (&x[..x.len() - 2], &w[..w.len() - 2]);
+    let (count_x, count_w) = (lead_x.iter().product::<usize>(), lead_w.iter().product::<usize>());
+    let (batch, a_step, b_step) = if lead_x == lead_w {
+        (count_x, m * k, k * n)
+    } else if count_w == 1 {
+        (count_x, m * k, 0)
+    } else if count_x == 1 {
+        (count_w, 0, k * n)
+    } else {
+        return None;
+    };
+    if node.input(2).is_some() && f32_dims(graph, node, 2)? != [n] {
+        return None;
+    }
+    let activation = activation_of(a.activation.as_ref())?;
+    Some(Lowered {
+        workspace: matmul_scratch_len(n, k, a.trans_b, threads) * size_of::<f32>(),
+        ..Lowered::generic(Kernel::Product {
+            batch,
+            shape: [m, n, k],
+            a_step,
+            b_step,
+            transposed: a.trans_b,
+            activation,
+        })
+    })
+}
+
+fn lower_attention(graph: &Graph, node: &Node, a: &AttentionAttributes, threads: usize) -> Option<Lowered> {
+    let (q, k, v) = (f32_dims(graph, node, 0)?, f32_dims(graph, node, 1)?, f32_dims(graph, node, 2)?);
+    let plain = node.inputs.iter().skip(4).all(Option::is_none)
+        && node.outputs.iter().skip(1).all(Option::is_none)
+        && a.softcap == 0.0
+        && a.softmax_precision.is_none_or(|p| p == DType::F32);
+    if !plain || q.len() != k.len() || q.len() != v.len() || q[0] != k[0] || q[0] != v[0] {
+        return None;
+    }
+    let batch = q[0];
+    // `[batch, position, head·dim]` or `[batch, head, position, dim]`.
+    let (heads, kv_heads, q_len, kv_len, head_dim, value_dim, packed) = match q.len() {
+        3 if a.q_num_heads > 0 && a.kv_num_heads > 0 => {
+            (a.q_num_heads, a.kv_num_heads, q[1], k[1], q[2] / a.q_num_heads, v[2] / a.kv_num_heads, true)
+        }
+        4 => (q[1], k[1], q[2], k[2], q[3], v[3], false),
+        _ => return None,
+    };
+    if kv_heads == 0 || heads % kv_heads != 0 || head_dim == 0 || kv_len == 0 || q_len == 0 {
+        return None;
+    }
+    let place = |heads: usize, length: usize, dim: usize| {
+        if packed {
+            HeadStrides { position: heads * dim, head: dim }
+        } else {
+            HeadStrides { position: dim, head: length * dim }
+        }
+    };
+    let mask = match node.input(3) {
+        None => None,
+        Some(_) => {
+            let m = f32_dims(graph, node, 3)?;
+            if m.len() < 2 || m.len() > 4 || m[m.len() - 1] != kv_len {
+                return None;
+            }
+            let mut full = vec![1; 4 - m.len()];
+            full.extend_from_slice(&m);
+            let fits =
+                [(full[0], batch), (full[1], heads), (full[2], q_len)].iter().all(|&(d, n)| d == 1 || d == n);
+            if !fits {
+                return None;
+            }
+            let step = |d: usize, size: usize| if d == 1 { 0 } else { size };
+            Some(MaskPlace {
+                row: step(full[2], kv_len),
+                head: step(full[1], full[2] * kv_len),
+                batch: step(full[0], full[1] * full[2] * kv_len),
+            })
+        }
+    };
+    let shape = AttentionShape {
+        heads,
+        kv_heads,
+        q_len,
+        kv_len,
+        head_dim,
+        value_dim,
+        scale: a.scale.unwrap_or(1.0 / (head_dim as f32).sqrt()),
+        causal: a.causal.then_some(0),
+    };
+    let at = HeadPlaces {
+        q: place(heads, q_len, head_dim),
+        k: place(kv_heads, kv_len, head_dim),
+        v: place(kv_heads, kv_len, value_dim),
+        y: place(heads, q_len, value_dim),
+        batch: [
+            heads * q_len * head_dim,
+            kv_heads * kv_len * head_dim,
+            kv_heads * kv_len * value_dim,
+            heads * q_len * value_dim,
+        ],
+    };
+    Some(Lowered {
+        workspace: attention_scratch_len(&shape, threads) * size_of::<f32>(),
+        ..Lowered::generic(Kernel::Attention { batch, shape, at, mask })
+    })
+}
+
+/// A small constant of f32 values.
+fn constant_f32(graph: &Graph, node: &Node, operand: usize) -> Option<Vec<f32>> {
+    let t = graph.value(node.input(operand)?).tensor()?;
+    (t.dtype() == DType::F32).then(|| t.as_slice::<f32>().to_vec())
+}
+
+/// A small constant of integers.
+fn constant_i32(graph: &Graph, node: &Node, operand: usize) -> Option<Vec<i32>> {
+    let t = graph.value(node.input(operand)?).tensor()?;
+    t.to_i64s()?.into_iter().map(|x| i32::try_from(x).ok()).collect()
+}
+
+fn is_signed_byte(graph: &Graph, value: Option<ValueId>) -> Option<bool> {
+    match graph.value(value?).ty.tensor()?.dtype {
+        DType::I8 => Some(true),
+        DType::U8 => Some(false),
+        _ => None,
+    }
+}
+
+/// The parameters of an 8-bit product whose operands are `(x, x_scale, x_zero, w, w_scale, w_zero, y_scale, y_zero)`.
+fn bytes8(graph: &Graph, node: &Node, columns: usize, activation: Option<&UnaryOp>) -> Option<Bytes8> {
+    let one = |v: Vec<f32>| (v.len() == 1).then(|| v[0]);
+    let x_scale = one(constant_f32(graph, node, 1)?)?;
+    let y_scale = one(constant_f32(graph, node, 6)?)?;
+    let w_scale = constant_f32(graph, node, 4)?;
+    if w_scale.len() != 1 && w_scale.len() != columns {
+        return None;
+    }
+    let zero = |operand: usize| match node.input(operand) {
+        None => Some(vec![0]),
+        Some(_) => constant_i32(graph, node, operand),
+    };
+    let (x_zero, w_zero, y_zero) = (zero(2)?, zero(5)?, zero(7)?);
+    if x_zero.len() != 1 || y_zero.len() != 1 || (w_zero.len() != 1 && w_zero.len() != columns) {
+        return None;
+    }
+    let w_signed = is_signed_byte(graph, node.input(3))?;
+    // Unsigned weights are packed shifted into the signed range.
+    let shift = if w_signed { 0 } else { 128 };
+    let w_zeros: Vec<i32> = (0..columns).map(|c| w_zero[c.min(w_zero.len() - 1)] - shift).collect();
+    let quantized = |real: f32| ((real / y_scale).round_ties_even().clamp(-1e6, 1e6)) as i32 + y_zero[0];
+    let limits = match activation {
+        None | Some(UnaryOp::Identity) => None,
+        Some(UnaryOp::Relu) => Some((y_zero[0], 255)),
+        Some(UnaryOp::ClipTo { min, max }) => Some((quantized(*min), quantized(*max))),
+        Some(_) => return None,
+    };
+    Some(Bytes8 {
+        x_signed: is_signed_byte(graph, node.input(0))?,
+        x_zero: x_zero[0],
+        scale: w_scale.iter().map(|w| x_scale * w / y_scale).collect(),
+        w_zeros: w_zeros.iter().any(|&z| z != 0).then_some(w_zeros),
+        y_signed: is_signed_byte(graph, node.output(0))?,
+        y_zero: y_zero[0],
+        limits,
+    })
+}
+
+fn lower_byte_conv(graph: &Graph, node: &Node, a: &ConvAttributes) -> Option<Lowered> {
+    let bytes_dims = |operand: usize| graph.value(node.input(operand)?).ty.tensor()?.dims();
+    let (x, w) = (bytes_dims(0)?, bytes_dims(3)?);
+    let y = graph.value(node.output(0)?).ty.tensor()?.dims()?;
+    if a.layout != Layout::ChannelsLast || !is_constant(graph, node, 3) {
+        return None;
+    }
+    let shape = shape_of(&x, &w, &y, a)?;
+    let bytes = bytes8(graph, node, shape.out_c, a.activation.as_ref())?;
+    if node
+        .input(8)
+        .is_some_and(|b| graph.value(b).ty.tensor().and_then(|t| t.elements()) != Some(shape.out_c))
+    {
+        return None;
+    }
+    let signed = is_signed_byte(graph, node.input(3))?;
+    Some(Lowered {
+        kernel: Kernel::ByteConv { shape, batch: x[0], bytes: Arc::new(bytes) },
+        packings: vec![(3, Packing::ByteConv { shape, signed })],
+        absorbed: vec![1, 2, 4, 5, 6, 7],
+        replaced: Vec::new(),
+        workspace: 0,
+    })
+}
+
+fn lower_byte_matmul(graph: &Graph, node: &Node, a: &MatMulAttributes) -> Option<Lowered> {
+    let bytes_dims = |operand: usize| graph.value(node.input(operand)?).ty.tensor()?.dims();
+    let (x, w) = (bytes_dims(0)?, bytes_dims(3)?);
+    if a.trans_a || x.is_empty() || w.len() != 2 || a.alpha != 1.0 || !is_constant(graph, node, 3) {
+        return None;
+    }
+    let (k, n) = if a.trans_b { (w[1], w[0]) } else { (w[0], w[1]) };
+    let bytes = bytes8(graph, node, n, a.activation.as_ref())?;
+    if node.input(8).is_some_and(|b| graph.value(b).ty.tensor().and_then(|t| t.elements()) != Some(n)) {
+        return None;
+    }
+    let signed = is_signed_byte(graph, node.input(3))?;
+    Some(Lowered {
+        kernel: Kernel::ByteMatMul { rows: x[..x.len() - 1].iter().product(), k, n, bytes: Arc::new(bytes) },
+        packings: vec![(3, Packing::ByteMatrix { k, n, signed, transposed: a.trans_b })],
+        absorbed: vec![1, 2, 4, 5, 6, 7],
+        replaced: Vec::new(),
+        workspace: 0,
+    })
 }

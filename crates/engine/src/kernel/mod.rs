@@ -5,7 +5,9 @@ mod lower;
 mod packing;
 
 use lightering_graph::{Op, UnaryOp};
-use lightering_kernels::{Activation, ConvShape, PoolKind, PoolShape};
+use std::sync::Arc;
+
+use lightering_kernels::{Activation, AttentionShape, Binary, ConvShape, HeadStrides, PoolKind, PoolShape};
 
 pub(crate) use call::Call;
 pub(crate) use lower::{Lowered, absorbed_transposes, lower};
@@ -36,6 +38,78 @@ pub(crate) enum Kernel {
     GlobalAverage { batch: usize, pixels: usize, channels: usize },
     /// An activation over contiguous elements.
     Activate { activation: Activation },
+    /// Element-wise steps in one sweep over rows of `n` elements; operand 0 has the shape of the result.
+    Chain { n: usize, steps: Vec<ChainStep> },
+    /// Batched product of two activations; strides 0 repeat a matrix.
+    Product {
+        batch: usize,
+        shape: [usize; 3],
+        a_step: usize,
+        b_step: usize,
+        transposed: bool,
+        activation: Activation,
+    },
+    /// `softmax(q·k'·scale + mask)·v` per head.
+    Attention { batch: usize, shape: AttentionShape, at: HeadPlaces, mask: Option<MaskPlace> },
+    /// Softmax along the last axis.
+    Softmax { rows: usize, n: usize },
+    /// Layer normalisation over the last axis.
+    LayerNorm { rows: usize, n: usize, epsilon: f32 },
+    /// Root-mean-square normalisation over the last axis.
+    RmsNorm { rows: usize, n: usize, epsilon: f32 },
+    /// 8-bit convolution, channels last, packed weights.
+    ByteConv { shape: ConvShape, batch: usize, bytes: Arc<Bytes8> },
+    /// 8-bit matrix product with packed weights.
+    ByteMatMul { rows: usize, k: usize, n: usize, bytes: Arc<Bytes8> },
+}
+
+/// One step of [`Kernel::Chain`].
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum ChainStep {
+    Unary(Activation),
+    /// The running value with operand `operand`.
+    Binary(Binary, usize, Broadcast),
+}
+
+/// How an operand of a chain lies against rows of `n` elements.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Broadcast {
+    Scalar,
+    Column,
+    Row,
+    Full,
+}
+
+/// Distances of heads, positions and batches in the operands of an attention.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct HeadPlaces {
+    pub q: HeadStrides,
+    pub k: HeadStrides,
+    pub v: HeadStrides,
+    pub y: HeadStrides,
+    /// Elements per batch entry of q, k, v and the result.
+    pub batch: [usize; 4],
+}
+
+/// Distances in a mask; 0 shares.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct MaskPlace {
+    pub batch: usize,
+    pub head: usize,
+    pub row: usize,
+}
+
+/// Parameters of an 8-bit product: what turns sums into bytes.
+#[derive(Clone, Debug)]
+pub(crate) struct Bytes8 {
+    pub x_signed: bool,
+    pub x_zero: i32,
+    /// `x_scale · w_scale / y_scale`, one value or one per column.
+    pub scale: Vec<f32>,
+    pub w_zeros: Option<Vec<i32>>,
+    pub y_signed: bool,
+    pub y_zero: i32,
+    pub limits: Option<(i32, i32)>,
 }
 
 impl Kernel {
@@ -52,6 +126,15 @@ impl Kernel {
             Kernel::Pool { .. } => "pool",
             Kernel::GlobalAverage { .. } => "global average",
             Kernel::Activate { .. } => "activate",
+            Kernel::Chain { .. } => "chain",
+            Kernel::Product { .. } => "product",
+            Kernel::Attention { .. } => "attention",
+            Kernel::Softmax { .. } => "softmax",
+            Kernel::LayerNorm { .. } => "layer norm",
+            Kernel::RmsNorm { .. } => "rms norm",
+            Kernel::ByteConv { shape, .. } if shape.is_depthwise() => "byte conv depthwise",
+            Kernel::ByteConv { .. } => "byte conv",
+            Kernel::ByteMatMul { .. } => "byte matmul",
         }
     }
 
@@ -61,6 +144,13 @@ impl Kernel {
             Kernel::Conv { shape, .. } if shape.is_depthwise() => 0.25,
             Kernel::Conv { shape, .. } if shape.in_c / shape.groups < 8 => 0.4,
             Kernel::Conv { .. } | Kernel::MatMul { .. } => 0.8,
+            Kernel::Product { .. } | Kernel::Attention { .. } => 0.5,
+            Kernel::ByteConv { shape, .. } if shape.is_depthwise() => 0.5,
+            Kernel::ByteConv { .. } | Kernel::ByteMatMul { .. } => 1.5,
+            Kernel::Chain { .. }
+            | Kernel::Softmax { .. }
+            | Kernel::LayerNorm { .. }
+            | Kernel::RmsNorm { .. } => 0.1,
             Kernel::Pool { .. } | Kernel::GlobalAverage { .. } | Kernel::Activate { .. } => 0.15,
             Kernel::Generic | Kernel::Dynamic | Kernel::GatherStored => 0.03,
         }
@@ -68,7 +158,7 @@ impl Kernel {
 
     /// Whether the first result may take the place of the first operand.
     pub fn works_in_place(&self, _op: &Op) -> bool {
-        matches!(self, Kernel::Activate { .. })
+        matches!(self, Kernel::Activate { .. } | Kernel::Chain { .. })
     }
 }
 

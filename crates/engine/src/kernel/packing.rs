@@ -1,6 +1,6 @@
 use std::sync::Arc;
 
-use lightering_kernels::{ConvShape, conv_packed_len, packed_len};
+use lightering_kernels::{ConvShape, conv_packed_bytes_len, conv_packed_len, packed_bytes_len, packed_len};
 
 /// How the elements of a weight lie in the arena.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -15,6 +15,10 @@ pub(crate) enum Packing {
     Kn { k: usize, n: usize, scale: Option<Scale> },
     /// Panels of a matrix product from `[n, k]`.
     Nk { k: usize, n: usize, scale: Option<Scale> },
+    /// Panels of an 8-bit convolution, then the sum of each column's weights (i32) from the next multiple of 64 on.
+    ByteConv { shape: ConvShape, signed: bool },
+    /// The same for an 8-bit matrix product from `[k, n]` or, transposed, `[n, k]`.
+    ByteMatrix { k: usize, n: usize, signed: bool, transposed: bool },
 }
 
 /// Factors per output channel, compared and hashed by their bits.
@@ -51,6 +55,17 @@ impl Packing {
             Packing::Stored => 0,
             Packing::Conv { shape, .. } => conv_packed_len(shape) * F32,
             Packing::Kn { k, n, .. } | Packing::Nk { k, n, .. } => packed_len(*k, *n) * F32,
+            Packing::ByteConv { shape, .. } => self.sums_at() + shape.out_c * size_of::<i32>(),
+            Packing::ByteMatrix { n, .. } => self.sums_at() + n * size_of::<i32>(),
+        }
+    }
+
+    /// Where the sums of columns start in packed 8-bit weights.
+    pub fn sums_at(&self) -> usize {
+        match self {
+            Packing::ByteConv { shape, .. } => conv_packed_bytes_len(shape).next_multiple_of(64),
+            Packing::ByteMatrix { k, n, .. } => packed_bytes_len(*k, *n).next_multiple_of(64),
+            _ => 0,
         }
     }
 
@@ -68,6 +83,11 @@ impl Packing {
             }
             Packing::Kn { n, .. } => n * F32,
             Packing::Nk { k, .. } => k * F32,
+            // Sums run over whole columns, so these small weights are packed in one piece.
+            Packing::ByteConv { shape, .. } => {
+                shape.out_c * shape.kernel[0] * shape.kernel[1] * (shape.in_c / shape.groups)
+            }
+            Packing::ByteMatrix { k, n, .. } => k * n,
         }
     }
 
@@ -105,6 +125,28 @@ impl Packing {
                 scale.as_ref().map(|s| &*s.0),
                 &mut bytemuck::cast_slice_mut(target)[..packed_len(*k, *n)],
             ),
+            Packing::ByteConv { shape, signed } => {
+                let (panels, sums) = target.split_at_mut(self.sums_at());
+                lightering_kernels::pack_conv_bytes(
+                    shape,
+                    piece,
+                    *signed,
+                    bytemuck::cast_slice_mut(panels),
+                    &mut bytemuck::cast_slice_mut(sums)[..shape.out_c],
+                );
+            }
+            Packing::ByteMatrix { k, n, signed, transposed } => {
+                let (panels, sums) = target.split_at_mut(self.sums_at());
+                lightering_kernels::pack_bytes(
+                    *k,
+                    *n,
+                    piece,
+                    *signed,
+                    *transposed,
+                    bytemuck::cast_slice_mut(panels),
+                    &mut bytemuck::cast_slice_mut(sums)[..*n],
+                );
+            }
         }
     }
 

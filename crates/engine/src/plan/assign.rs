@@ -65,6 +65,16 @@ pub(crate) const STAGING_BYTES: usize = 256 << 10;
 /// Staging when memory is very scarce.
 const STAGING_BYTES_MIN: usize = 32 << 10;
 
+/// Size of the staging area: what is asked for, or the largest piece of a weight that cannot be divided; nothing when
+/// no weight is packed on its way.
+fn staging_bytes(program: &Program, wanted: usize) -> usize {
+    let packed = program
+        .weights
+        .iter()
+        .filter(|w| w.size > 0 && matches!(w.origin, WeightOrigin::Stored(_)) && !w.packing.is_plain());
+    aligned(packed.map(|w| w.packing.piece_bytes(wanted).min(w.stored_bytes())).max().unwrap_or(0))
+}
+
 /// First and last instruction that uses each weight; `None` for an unused one.
 fn weight_uses(program: &Program) -> Vec<Option<(usize, usize)>> {
     let mut uses: Vec<Option<(usize, usize)>> = vec![None; program.weights.len()];
@@ -131,8 +141,8 @@ fn assignment(program: &Program, loads: Vec<Option<Load>>, staging: usize) -> As
     // Loading the resident weights needs the staging area, too, but only before the first instruction; inputs that
     // are given before that moment must not lie there, so it is alive during instruction 0.
     let any_streamed = loads.iter().any(Option::is_some);
-    let staged = program.weights.iter().any(|w| matches!(w.origin, WeightOrigin::Stored(_)));
-    if staged && staging > 0 {
+    let staging = staging_bytes(program, staging);
+    if staging > 0 {
         let last = if any_streamed { end } else { 0 };
         requests.push((Owner::Staging, Request { size: staging, live: 0..=last }));
     }

@@ -17,7 +17,7 @@ use lightering_units::Bytes;
 use super::Decision;
 use super::assign::activation_requests;
 use super::offsets::live_profile;
-use crate::kernel::Kernel;
+use crate::kernel::{Broadcast, ChainStep, Kernel};
 use crate::program::{
     Buffer, BufferKind, Instruction, Operand, Program, Storage, Stripe, TensorInfo, aligned,
 };
@@ -247,6 +247,38 @@ fn striped(instruction: &Instruction) -> Option<Striped> {
         Kernel::Activate { .. } => {
             operands[0] = Rows::Same;
             row_count(&result.dims)?
+        }
+        Kernel::ByteConv { shape, batch: 1, .. } => {
+            operands[0] = conv_rows(shape);
+            shape.out_h
+        }
+        Kernel::ByteMatMul { rows, .. } => {
+            operands[0] = Rows::Same;
+            *rows
+        }
+        Kernel::LayerNorm { rows, .. } | Kernel::RmsNorm { rows, .. } | Kernel::Softmax { rows, .. } => {
+            operands[0] = Rows::Same;
+            *rows
+        }
+        Kernel::Chain { steps, n, .. } => {
+            operands[0] = Rows::Same;
+            for step in steps {
+                if let ChainStep::Binary(_, operand, way) = step {
+                    match way {
+                        Broadcast::Full => operands[*operand] = Rows::Same,
+                        Broadcast::Scalar | Broadcast::Column => {}
+                        Broadcast::Row => return None,
+                    }
+                }
+            }
+            let rows = row_count(&result.dims)?;
+            // A stripe must hold whole rows of the chain, or broadcast operands would not line up.
+            let broadcasts = steps.iter().any(|s| matches!(s, ChainStep::Binary(_, _, Broadcast::Column)));
+            let row = result.dims.iter().product::<usize>() / rows;
+            if broadcasts && row % n != 0 {
+                return None;
+            }
+            rows
         }
         Kernel::Generic => match &instruction.node.op {
             Op::Unary(_)
