@@ -336,17 +336,19 @@ fn logistic(x: f64) -> f64 {
 fn probit(x: f64) -> f64 {
     let y = x * 2.0 - 1.0;
     let sign = if y < 0.0 { -1.0 } else { 1.0 };
+    // Infinite at 0 and 1, not-a-number for what is no probability.
     let log = ((1.0 - y) * (1.0 + y)).ln();
-    if !log.is_finite() {
-        return 0.0;
-    }
     let a = 2.0 / (std::f64::consts::PI * 0.147) + 0.5 * log;
     let root = (-a + (a * a - log / 0.147).sqrt()).sqrt();
     std::f64::consts::SQRT_2 * sign * root
 }
 
-/// Applies the last step to one row of scores.
+/// Applies the last step to one row of scores. A single score is changed by none but the probit step, as
+/// onnxruntime has it.
 fn transform<T: Real>(kind: PostTransform, row: &mut [T]) {
+    if row.len() == 1 && kind != PostTransform::Probit {
+        return;
+    }
     match kind {
         PostTransform::None => {}
         PostTransform::Logistic => row.iter_mut().for_each(|v| *v = T::from_f64(logistic(v.to_f64()))),
@@ -474,15 +476,15 @@ fn argmax(values: impl Iterator<Item = f64>) -> usize {
     best.0
 }
 
-/// How one score becomes the scores of two classes.
+/// How one score becomes the scores of two classes: a score is completed to one (`complement`) or to zero, and no
+/// step but the logistic and the probit one applies, as onnxruntime has it.
 fn two_scores(score: f64, complement: bool, kind: PostTransform) -> [f32; 2] {
-    let mut pair = if complement { [1.0 - score, score] } else { [-score, score] };
-    match kind {
-        PostTransform::None => {}
-        PostTransform::Probit => pair = [1.0 - probit(score), probit(score)],
-        _ if complement => {}
-        _ => transform(kind, &mut pair),
-    }
+    let pair = match kind {
+        PostTransform::Logistic => [logistic(-score), logistic(score)],
+        PostTransform::Probit => [1.0 - probit(score), probit(score)],
+        _ if complement => [1.0 - score, score],
+        _ => [-score, score],
+    };
     pair.map(|p| p as f32)
 }
 
@@ -517,7 +519,7 @@ fn classify(
                     let score = f64::from(raw[0]);
                     if label_count(labels) == 2 {
                         decide(row, Class::Index(usize::from(score > 0.0)));
-                        store(row, &two_scores(score, false, *post_transform));
+                        store(row, &two_scores(score, true, *post_transform));
                     } else {
                         transform(*post_transform, &mut raw);
                         let threshold = if *post_transform == PostTransform::None { 0.0 } else { 0.5 };
@@ -565,6 +567,14 @@ fn classify_trees(
     }
     let all_positive = trees.weights.iter().all(|&(_, w)| w >= 0.0);
     let width = trees.targets;
+    // Classes that no leaf talks of are never chosen, unless they have a base value of their own.
+    let mut scored = vec![trees.base_values.len() == width; width];
+    for &(target, _) in &trees.weights {
+        if let Some(scored) = scored.get_mut(target as usize) {
+            *scored = true;
+        }
+    }
+    let shared_base = if trees.base_values.len() == 1 { trees.base_values[0] } else { 0.0 };
     // A block of rows at a time, so that nothing as large as the table is needed beside it.
     const BLOCK: usize = 256;
     let mut block = vec![0f32; BLOCK.min(rows.max(1)) * width];
@@ -577,9 +587,10 @@ fn classify_trees(
         for (i, raw) in raw.chunks_exact_mut(width.max(1)).enumerate() {
             let row = first + i;
             if binary_single_weight {
-                // Only one column has weights; base values of the other one would be added twice.
-                let used = trees.weights.first().map_or(0, |&(target, _)| target as usize);
-                let score = f64::from(raw[used.min(width - 1)]);
+                // As onnxruntime has it: weights of the first class are those of the second one, whose complement
+                // the first then is; weights of the second class leave the first one at zero.
+                let second = width == 2 && trees.weights.first().is_some_and(|&(target, _)| target == 1);
+                let score = if second { f64::from(raw[1]) - shared_base } else { f64::from(raw[0]) };
                 let hit = score > if all_positive { 0.5 } else { 0.0 };
                 decide(
                     row,
@@ -589,9 +600,17 @@ fn classify_trees(
                         Class::Index(usize::from(hit))
                     },
                 );
-                store(row, &two_scores(score, all_positive, trees.post_transform));
+                if second {
+                    (raw[0], raw[1]) = (0.0, score as f32);
+                    transform(trees.post_transform, raw);
+                    store(row, raw);
+                } else {
+                    store(row, &two_scores(score, all_positive, trees.post_transform));
+                }
             } else {
-                decide(row, Class::Index(argmax(raw.iter().map(|&v| v.into()))));
+                let candidates =
+                    raw.iter().zip(&scored).map(|(&v, &s)| if s { v.into() } else { f64::NEG_INFINITY });
+                decide(row, Class::Index(argmax(candidates)));
                 transform(trees.post_transform, raw);
                 store(row, raw);
             }
@@ -689,7 +708,8 @@ fn classify_svm(
         };
         decide(row, class);
         if scores.len() == 1 && classes == 2 {
-            store(row, &two_scores(scores[0], false, *post_transform));
+            // As onnxruntime has it, which completes raw scores to zero and those with a last step to one.
+            store(row, &two_scores(scores[0], *post_transform != PostTransform::None, *post_transform));
         } else {
             let mut row_scores: Vec<f32> = scores.iter().map(|&s| s as f32).collect();
             transform(*post_transform, &mut row_scores);
@@ -921,4 +941,75 @@ fn label_encoder(
         store_number(&mut as_view_mut(&mut out), i, value)?;
     }
     Ok(out)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use lightering_graph::{Aggregate, TreeChild};
+
+    /// Labels and scores of a one-leaf-per-tree forest whose leaf gives `weight` to class `class` of two.
+    fn stump(class: u32, weight: f64, post_transform: PostTransform) -> (i64, Vec<f32>) {
+        let trees = TreeEnsemble {
+            roots: vec![TreeChild::Leaf(0)],
+            branches: Vec::new(),
+            leaves: vec![(0, 1)],
+            weights: vec![(class, weight)],
+            members: Vec::new(),
+            targets: 2,
+            aggregate: Aggregate::Sum,
+            base_values: Vec::new(),
+            post_transform,
+        };
+        let op = MlOp::TreeEnsembleClassifier {
+            trees,
+            labels: Labels::Ints(vec![10, 20]),
+            binary_single_weight: true,
+        };
+        let x = [0f32; 1];
+        let input = TensorView { dtype: DType::F32, dims: &[1, 1], bytes: bytemuck::cast_slice(&x) };
+        let (mut label, mut scores) = ([0i64], [0f32; 2]);
+        let mut outputs = [
+            Some(TensorViewMut {
+                dtype: DType::I64,
+                dims: &[1],
+                bytes: bytemuck::cast_slice_mut(&mut label),
+            }),
+            Some(TensorViewMut {
+                dtype: DType::F32,
+                dims: &[1, 2],
+                bytes: bytemuck::cast_slice_mut(&mut scores),
+            }),
+        ];
+        compute(&op, &[Some(input)], &mut outputs, &ThreadPool::new(1)).unwrap();
+        (label[0], scores.to_vec())
+    }
+
+    #[test]
+    fn one_weight_decides_between_two_classes() {
+        // Weights that are all positive are probabilities, others lie around zero.
+        assert_eq!(stump(0, 0.75, PostTransform::None), (20, vec![0.25, 0.75]));
+        assert_eq!(stump(0, 0.25, PostTransform::None), (10, vec![0.75, 0.25]));
+        assert_eq!(stump(0, -0.75, PostTransform::None), (10, vec![0.75, -0.75]));
+        assert_eq!(stump(1, 0.75, PostTransform::None), (20, vec![0.0, 0.75]));
+        let (label, scores) = stump(0, -2.0, PostTransform::Logistic);
+        assert_eq!(label, 10);
+        assert!((scores[0] + scores[1] - 1.0).abs() < 1e-6 && (scores[1] - 0.119_203).abs() < 1e-5);
+    }
+
+    #[test]
+    fn last_steps_have_their_known_values() {
+        let mut row = [1.0f64, 0.0, -1.0];
+        transform(PostTransform::SoftmaxZero, &mut row);
+        assert_eq!(row[1], 0.0);
+        assert!((row.iter().sum::<f64>() - 1.0).abs() < 1e-12);
+        assert!((probit(0.975) - 1.96).abs() < 0.01 && probit(0.5).abs() < 1e-12);
+        assert_eq!(probit(1.0), f64::INFINITY);
+    }
+
+    #[test]
+    fn probabilities_of_pairs_sum_to_one() {
+        let p = pairwise_probabilities(4, &[0.3, -1.0, 2.0, 0.1, 0.7, -0.4], &[-1.0; 6], &[0.2; 6]);
+        assert!((p.iter().sum::<f64>() - 1.0).abs() < 1e-9 && p.iter().all(|p| *p > 0.0));
+    }
 }
