@@ -137,8 +137,11 @@ fn opset_versions(place: &str, opsets: &[OperatorSetId]) -> Result<HashMap<Strin
             return Err(Error::invalid(place, format!("two versions of the operator set {name:?}"), "one"));
         }
     }
-    // The first version of the format did not name operator sets.
-    out.entry(String::new()).or_insert(1);
+    // The first version of the format did not name operator sets. A file that names some and leaves this one out has no
+    // say about what the standard operators in it mean.
+    if opsets.is_empty() {
+        out.insert(String::new(), 1);
+    }
     Ok(out)
 }
 

@@ -125,6 +125,9 @@ fn messages_name_the_node_and_what_was_expected() {
     let mut no_graph = model(13, GraphProto::default());
     no_graph.graph = None;
     check_error(&no_graph, &["no graph"]);
+    let mut undeclared = model(13, graph(vec![relu.clone()], &["x"], &["y"]));
+    undeclared.opset_import.remove(0);
+    check_error(&undeclared, &["act", "operator sets"]);
     relu.domain = "nowhere".into();
     check_error(&model(13, graph(vec![relu], &["x"], &["y"])), &["nowhere"]);
 }
