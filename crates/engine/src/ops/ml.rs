@@ -81,9 +81,9 @@ pub(super) fn compute(
         let mut all = outputs.iter_mut();
         let (label_out, score_out) =
             (all.next().and_then(Option::as_mut), all.next().and_then(Option::as_mut));
-        let mut scores = score_out.map(|s| s.as_mut_slice::<f32>());
+        let scores = score_out.map(|s| s.as_mut_slice::<f32>());
         let mut label_out = label_out.map(|l| l.as_mut_slice::<i64>());
-        return classify(op, &x, scores.as_deref_mut(), pool, |row, class| {
+        return classify(op, &x, scores, pool, |row, class| {
             if let Some(out) = label_out.as_deref_mut() {
                 out[row] = match class {
                     Class::Index(i) => names.get(i).copied().unwrap_or(i as i64),

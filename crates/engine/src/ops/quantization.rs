@@ -5,7 +5,7 @@ use lightering_graph::{
 };
 use lightering_kernels::ops::float8;
 use lightering_kernels::ops::integer_product::{
-    IntegerConvShape, integer_conv_plane, integer_product_row, requantize_row,
+    IntegerConvShape, integer_conv_plane, integer_product_row, integer_product_row_transposed, requantize_row,
 };
 use lightering_kernels::ops::quantize::{
     Granularity, QuantizedInteger, ScaleLayout, Scales, dequantize, dequantize_coded, dynamic_scale,
@@ -44,18 +44,26 @@ pub(super) fn workspace_bytes(
     inputs: &[Option<&TensorType>],
     outputs: &[Option<&TensorType>],
 ) -> Bytes {
-    let last = |t: Option<&Option<&TensorType>>, skip: usize| {
-        let dims = t.copied().flatten().and_then(TensorType::dims)?;
-        Some(dims.iter().skip(skip).product::<usize>())
-    };
     match op {
         Op::QLinearMatMul(_) => {
             let columns = inputs.get(3).copied().flatten().and_then(TensorType::dims);
-            let columns = columns.map_or(0, |d| if d.len() < 2 { 1 } else { d[d.len() - 1] });
+            // The second operand may be transposed.
+            let columns = columns.map_or(0, |d| match d.as_slice() {
+                [.., rows, columns] => *rows.max(columns),
+                _ => 1,
+            });
             Bytes(8 * columns as u64)
         }
         // One plane of sums.
-        Op::QLinearConv(_) => Bytes(4 * last(outputs.first(), 2).unwrap_or(0) as u64),
+        Op::QLinearConv(a) => {
+            let dims = outputs.first().copied().flatten().and_then(TensorType::dims).unwrap_or_default();
+            let spatial = match (a.layout, dims.as_slice()) {
+                (Layout::ChannelsFirst, [_, _, spatial @ ..]) => spatial,
+                (Layout::ChannelsLast, [_, spatial @ .., _]) => spatial,
+                _ => &[],
+            };
+            Bytes(4 * count(spatial) as u64)
+        }
         _ => Bytes::ZERO,
     }
 }
@@ -384,8 +392,8 @@ fn qlinear_matmul(
     out: &mut TensorViewMut,
     workspace: &mut [u8],
 ) -> Result<(), OpError> {
-    if attributes.trans_a || attributes.trans_b || attributes.alpha != 1.0 {
-        return unsupported("a quantised matrix product with transposes or a factor");
+    if attributes.trans_a || attributes.alpha != 1.0 {
+        return unsupported("a quantised matrix product with a transposed first operand or a factor");
     }
     let (a, b) = (required(inputs, 0, "a")?, required(inputs, 3, "b")?);
     let (a_zero, b_zero) = (required(inputs, 2, "a_zero")?, required(inputs, 5, "b_zero")?);
@@ -394,7 +402,13 @@ fn qlinear_matmul(
     check_zero_dtype(Some(a_zero), &a)?;
     check_zero_dtype(Some(b_zero), &b)?;
     expect_dtype(&y_zero, out.dtype, "the zero point of the result")?;
-    let p = Product::new(a.dims, b.dims, out.dims)?;
+    let mut b_dims = b.dims.to_vec();
+    if let [.., rows, columns] = b_dims.as_mut_slice()
+        && attributes.trans_b
+    {
+        std::mem::swap(rows, columns);
+    }
+    let p = Product::new(a.dims, &b_dims, out.dims)?;
     let (a_scales, b_scales, y_scales) = (scales_of(&a_scale)?, scales_of(&b_scale)?, scales_of(&y_scale)?);
     let bias = optional(inputs, 8);
     if let Some(bias) = &bias {
@@ -412,7 +426,11 @@ fn qlinear_matmul(
         let y_zeros = y_zero.as_slice::<Y>();
         let (a_data, b_data) = (a.as_slice::<A>(), b.as_slice::<B>());
         each_row(&p, a_data, a_zero.as_slice::<A>(), b_data, b_zero.as_slice::<B>(), |matrix, row, a, az, b, bz| {
-            integer_product_row(a, az, b, bz, sums);
+            if attributes.trans_b && b_dims.len() > 1 {
+                integer_product_row_transposed(a, az, b, bz, sums);
+            } else {
+                integer_product_row(a, az, b, bz, sums);
+            }
             if let Some(bias) = &bias {
                 sums.iter_mut().zip(bias.as_slice::<i32>()).for_each(|(s, b)| *s = s.wrapping_add(*b));
             }
@@ -443,14 +461,17 @@ fn conv_shape(
     out: &[usize],
 ) -> Result<IntegerConvShape, OpError> {
     let spatial = x.len().saturating_sub(2);
-    if a.layout != Layout::ChannelsFirst || spatial > 3 {
-        return unsupported("an integer convolution with channels last or more than 3 spatial dimensions");
+    if spatial > 3 {
+        return unsupported("an integer convolution with more than 3 spatial dimensions");
     }
     if x.len() < 3 || w.len() != x.len() || out.len() != x.len() {
         return invalid(format!("a convolution of {x:?} with weights {w:?} to {out:?}"));
     }
+    let channels_last = a.layout == Layout::ChannelsLast;
+    let split = |d: &[usize]| if channels_last { (d[d.len() - 1], 1) } else { (d[1], 2) };
+    let ((channels, x_first), (filters, out_first)) = (split(x), split(out));
     let groups = a.groups.max(1);
-    if w[1] * groups != x[1] || !w[0].is_multiple_of(groups) || out[0] != x[0] || out[1] != w[0] {
+    if w[1] * groups != channels || !w[0].is_multiple_of(groups) || out[0] != x[0] || filters != w[0] {
         return invalid(format!("channels of {x:?} and weights {w:?} do not match with {groups} groups"));
     }
     if !a.kernel.is_empty() {
@@ -462,7 +483,8 @@ fn conv_shape(
             if i + spatial < 3 { 1 } else { values.get(i + spatial - 3).copied().unwrap_or(1) }
         })
     };
-    let (input, output, kernel) = (padded(&x[2..]), padded(&out[2..]), padded(&w[2..]));
+    let (input, output, kernel) =
+        (padded(&x[x_first..][..spatial]), padded(&out[out_first..][..spatial]), padded(&w[2..]));
     let (strides, dilations) = (padded(&a.strides), padded(&a.dilations));
     let pads = std::array::from_fn(|i| {
         if i + spatial < 3 {
@@ -478,8 +500,8 @@ fn conv_shape(
         }
     });
     Ok(IntegerConvShape {
-        channels: x[1],
-        filters: w[0],
+        channels,
+        filters,
         groups,
         input,
         output,
@@ -487,6 +509,7 @@ fn conv_shape(
         strides,
         dilations,
         pads,
+        channels_last,
     })
 }
 
@@ -508,6 +531,9 @@ fn conv_integer(
     let (x_zero, w_zero) = (optional(inputs, 2), optional(inputs, 3));
     check_zero_dtype(x_zero, &x)?;
     check_zero_dtype(w_zero, &w)?;
+    if a.layout != Layout::ChannelsFirst {
+        return unsupported("an integer convolution with channels last");
+    }
     let shape = conv_shape(a, x.dims, w.dims, out.dims)?;
     let plane: usize = shape.output.iter().product();
     let picture = count(&x.dims[1..]);
@@ -561,7 +587,8 @@ fn qlinear_conv(
         let (xz, yz) = (x_zero.as_slice::<X>()[0].to_i32(), y_zero.as_slice::<Y>()[0].to_i32());
         let bounds = activated_bounds(a.activation, bounds, y_scale, yz)?;
         let (x_data, w_data, w_zeros) = (x.as_slice::<X>(), w.as_slice::<W>(), w_zero.as_slice::<W>());
-        for (index, out) in out.as_mut_slice::<Y>().chunks_exact_mut(plane.max(1)).enumerate() {
+        let out = out.as_mut_slice::<Y>();
+        for index in 0..out.len().checked_div(plane).unwrap_or(0) {
             let (batch, filter) = (index / shape.filters, index % shape.filters);
             let wz = w_zeros[per_filter(w_zeros.len(), shape.filters, filter)?].to_i32();
             let (x, w) = (&x_data[batch * picture..][..picture], &w_data[filter * filter_len..][..filter_len]);
@@ -571,7 +598,15 @@ fn qlinear_conv(
                 sums.iter_mut().for_each(|s| *s = s.wrapping_add(bias));
             }
             let w_scale = w_scales.get(per_filter(w_scales.len(), shape.filters, filter)?);
-            requantize_row(sums, &[x_scale * w_scale / y_scale], yz, bounds, out);
+            let multiplier = [x_scale * w_scale / y_scale];
+            if shape.channels_last {
+                let pixels = out[batch * plane * shape.filters..].chunks_exact_mut(shape.filters);
+                for (sum, pixel) in sums.iter().zip(pixels) {
+                    requantize_row(&[*sum], &multiplier, yz, bounds, &mut pixel[filter..=filter]);
+                }
+            } else {
+                requantize_row(sums, &multiplier, yz, bounds, &mut out[index * plane..][..plane]);
+            }
         }
         Ok(())
     })))

@@ -44,6 +44,21 @@ pub fn integer_product_row<A: QuantizedInteger, B: QuantizedInteger>(
     }
 }
 
+/// As [`integer_product_row`] for `b` given as `[columns, depth]`.
+pub fn integer_product_row_transposed<A: QuantizedInteger, B: QuantizedInteger>(
+    a: &[A],
+    a_zero: i32,
+    b: &[B],
+    b_zeros: &[B],
+    out: &mut [i32],
+) {
+    for (j, (out, b)) in out.iter_mut().zip(b.chunks_exact(a.len().max(1))).enumerate() {
+        let zero = broadcast(b_zeros, j).to_i32();
+        let products = a.iter().zip(b).map(|(a, b)| (a.to_i32() - a_zero).wrapping_mul(b.to_i32() - zero));
+        *out = products.fold(0i32, i32::wrapping_add);
+    }
+}
+
 /// `out = (a − a_zero) · (b − b_zero)`; `a_zeros` holds one zero point or one per row, `b_zeros` one or one per
 /// column.
 pub fn integer_product<A: QuantizedInteger, B: QuantizedInteger>(
@@ -101,9 +116,11 @@ pub struct IntegerConvShape {
     pub dilations: [usize; 3],
     /// Rows before the input; negative crops.
     pub pads: [i64; 3],
+    /// The input is `[input…, channels]` rather than `[channels, input…]`.
+    pub channels_last: bool,
 }
 
-/// The sums of one filter over one picture: `x` is `[channels, input…]`, `w` is `[channels/groups, kernel…]` of
+/// The sums of one filter over one picture: `x` is `[channels, input…]` (or channels last), `w` is `[channels/groups, kernel…]` of
 /// filter `filter`, `out` is `[output…]`. Outside the picture lies `x_zero`.
 pub fn integer_conv_plane<X: QuantizedInteger, W: QuantizedInteger>(
     shape: &IntegerConvShape,
@@ -124,7 +141,12 @@ pub fn integer_conv_plane<X: QuantizedInteger, W: QuantizedInteger>(
         (at >= 0 && at < shape.input[axis] as i64).then_some(at as usize)
     };
     for channel in 0..per_group {
-        let x = &x[(first_channel + channel) * plane..][..plane];
+        let channel_at = first_channel + channel;
+        let (x, pixel) = if shape.channels_last {
+            (&x[channel_at..], shape.channels)
+        } else {
+            (&x[channel_at * plane..][..plane], 1)
+        };
         let w = &w[channel * shape.kernel.iter().product::<usize>()..];
         for kd in 0..shape.kernel[0] {
             for kh in 0..shape.kernel[1] {
@@ -134,12 +156,12 @@ pub fn integer_conv_plane<X: QuantizedInteger, W: QuantizedInteger>(
                         let Some(id) = position(0, od, kd) else { continue };
                         for oh in 0..shape.output[1] {
                             let Some(ih) = position(1, oh, kh) else { continue };
-                            let row = &x[(id * height + ih) * width..][..width];
+                            let row = &x[(id * height + ih) * width * pixel..];
                             let out =
                                 &mut out[(od * shape.output[1] + oh) * shape.output[2]..][..shape.output[2]];
                             for (ow, out) in out.iter_mut().enumerate() {
                                 if let Some(iw) = position(2, ow, kw) {
-                                    let value = (row[iw].to_i32() - x_zero).wrapping_mul(weight);
+                                    let value = (row[iw * pixel].to_i32() - x_zero).wrapping_mul(weight);
                                     *out = out.wrapping_add(value);
                                 }
                             }
@@ -173,6 +195,42 @@ mod tests {
                     .sum();
                 assert_eq!(out[i * 5 + j], expected);
             }
+            let transposed: Vec<i8> = (0..20).map(|i| b[i % 4 * 5 + i / 4]).collect();
+            let mut row = [0i32; 5];
+            integer_product_row_transposed(
+                &a[i * 4..][..4],
+                a_zeros[i].into(),
+                &transposed,
+                &b_zeros,
+                &mut row,
+            );
+            assert_eq!(row, out[i * 5..][..5]);
+        }
+    }
+
+    #[test]
+    fn channels_may_come_last() {
+        let first = IntegerConvShape {
+            channels: 4,
+            filters: 2,
+            groups: 2,
+            input: [1, 4, 5],
+            output: [1, 2, 3],
+            kernel: [1, 3, 2],
+            strides: [1, 2, 2],
+            dilations: [1; 3],
+            pads: [0, 1, 1],
+            channels_last: false,
+        };
+        let last = IntegerConvShape { channels_last: true, ..first };
+        let x: Vec<u8> = (0..80).map(|i| (i * 91 % 251) as u8).collect();
+        let swapped: Vec<u8> = (0..80).map(|i| x[i % 4 * 20 + i / 4]).collect();
+        let w: Vec<i8> = (0..12).map(|i| (i * 23 % 17) as i8 - 8).collect();
+        for filter in 0..2 {
+            let (mut a, mut b) = ([0i32; 6], [1i32; 6]);
+            integer_conv_plane(&first, filter, &x, 3, &w, 1, &mut a);
+            integer_conv_plane(&last, filter, &swapped, 3, &w, 1, &mut b);
+            assert_eq!(a, b);
         }
     }
 
@@ -188,6 +246,7 @@ mod tests {
             strides: [1; 3],
             dilations: [1; 3],
             pads: [0, 1, 1],
+            channels_last: false,
         };
         let x: Vec<u8> = (2..11).collect();
         let mut out = [0i32; 9];
