@@ -4,6 +4,7 @@
 //! [`ByteSource`](lightering_tier::ByteSource) and asks the memory pool before it allocates.
 #![forbid(unsafe_code)]
 
+pub mod conformance;
 mod error;
 mod interpreter;
 mod kernel;
