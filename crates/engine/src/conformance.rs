@@ -8,8 +8,8 @@ use lightering_kernels::ops::float8;
 use lightering_meter::MemoryPool;
 use lightering_tier::ByteSource;
 
-use crate::ops::OpError;
-use crate::{RuntimeValue, interpret};
+use crate::ops::{ImageDecoder, OpContext, OpError};
+use crate::{RuntimeValue, run_graph};
 
 /// How far a number may be from the expected one: `|got − expected| ≤ absolute + relative·|expected|`.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -45,10 +45,13 @@ pub fn run_case(
     expected: &[RuntimeValue],
     tolerance: Tolerance,
     threads: &ThreadPool,
+    images: Option<&dyn ImageDecoder>,
 ) -> Outcome {
-    let bound: Vec<(ValueId, RuntimeValue)> =
-        graph.inputs.iter().zip(inputs).filter_map(|(&id, v)| Some((id, v?))).collect();
-    let got = match interpret(graph, &bound, sources, &MemoryPool::unbounded(), threads) {
+    let bound: Vec<(ValueId, &RuntimeValue)> =
+        graph.inputs.iter().zip(&inputs).filter_map(|(&id, v)| Some((id, v.as_ref()?))).collect();
+    let memory = MemoryPool::unbounded();
+    let context = OpContext { threads, memory: &memory, sources, seed: 0, images, nesting: 0 };
+    let got = match run_graph(graph, &bound, &context) {
         Ok(got) => got,
         Err(OpError::Unsupported(what)) => return Outcome::Unsupported(what),
         Err(e) => return Outcome::Failed(e.to_string()),

@@ -115,7 +115,8 @@ pub fn execute_op(
 enum Slot<'v> {
     Empty,
     Lent(&'v RuntimeValue),
-    Own(RuntimeValue, Option<Reservation>),
+    /// The reservation is given back when the slot is emptied.
+    Own(RuntimeValue, #[allow(dead_code)] Option<Reservation>),
 }
 
 impl Slot<'_> {

@@ -111,8 +111,8 @@ impl ConvolutionShape {
 
     fn check(&self, x: &TensorView, w: usize, w_expected: usize, y: &TensorViewMut) -> Result<(), OpError> {
         let fits = self.groups > 0
-            && self.in_channels % self.groups == 0
-            && self.out_channels % self.groups == 0
+            && self.in_channels.is_multiple_of(self.groups)
+            && self.out_channels.is_multiple_of(self.groups)
             && x.len() == self.batch * self.in_channels * self.window.pixels()
             && y.len() == self.batch * self.out_channels * self.window.positions()
             && w == w_expected
@@ -422,7 +422,7 @@ pub fn convolution_deformed(
     let expected = shape.out_channels * (shape.in_channels / shape.groups.max(1)) * taps;
     shape.check(x, w.len(), expected, y)?;
     let offsets = shape.batch * offset_groups * taps * shape.window.positions();
-    if offset_groups == 0 || shape.in_channels % offset_groups != 0 || offset.len() != 2 * offsets {
+    if offset_groups == 0 || !shape.in_channels.is_multiple_of(offset_groups) || offset.len() != 2 * offsets {
         return Err(OpError::Invalid(format!(
             "offsets of shape {:?} do not fit {offset_groups} groups and {taps} taps",
             offset.dims

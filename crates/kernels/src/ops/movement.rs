@@ -100,15 +100,13 @@ pub fn strided(
     let row_bytes = inner * size;
     let rows_per_task = ((64 << 10) / row_bytes).max(1);
     super::block::parallel_parts(pool, y.bytes, rows_per_task * row_bytes, &|start, part| {
-        let mut row = start / row_bytes;
-        for out in part.chunks_mut(row_bytes) {
-            let (mut rest, mut at) = (row, base as isize);
+        for (row, out) in part.chunks_mut(row_bytes).enumerate() {
+            let (mut rest, mut at) = (start / row_bytes + row, base as isize);
             for &(d, s) in walk.iter().rev() {
                 at += (rest % d) as isize * s;
                 rest /= d;
             }
             run(size, x.bytes, at as usize, stride, out);
-            row += 1;
         }
     });
     Ok(())
@@ -386,7 +384,7 @@ pub fn gather_nd(
     }
     let batches: usize = x.dims[..batch_dims].iter().product();
     let slice: usize = x.dims[batch_dims + depth..].iter().product();
-    if batches == 0 || tuples % batches != 0 || tuples * slice != y.len() {
+    if batches == 0 || !tuples.is_multiple_of(batches) || tuples * slice != y.len() {
         return if y.is_empty() { Ok(()) } else { Err(wrong()) };
     }
     let per_batch = x.len() / batches;
@@ -710,7 +708,7 @@ pub fn top_k(
 ) -> Result<(), OpError> {
     let size = typed(x, values, "TopK")?;
     let rows = along.outer * along.inner;
-    let k = if rows == 0 { 0 } else { values.len() / rows };
+    let k = values.len().checked_div(rows).unwrap_or(0);
     if k > along.size || k * rows != values.len() {
         return Err(OpError::Invalid(format!("TopK of {:?} does not give {:?}", x.dims, values.dims)));
     }

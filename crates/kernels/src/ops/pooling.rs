@@ -72,7 +72,7 @@ fn run<S: Real>(pool: &ThreadPool, shape: &PoolingShape, x: &[S], y: &mut [S], i
     let window = &shape.window;
     let (positions, pixels, taps) = (window.positions(), window.pixels(), window.taps());
     let of = <S::C as RealCompute>::of;
-    let indices = indices.map(|i| SharedResult::new(i));
+    let indices = indices.map(SharedResult::new);
     parallel_parts(pool, y, (16 << 10) / taps.clamp(1, 1024), &|start, part| {
         for (i, out) in part.iter_mut().enumerate() {
             let index = start + i;
