@@ -187,9 +187,10 @@ pub(super) fn compute(
             }
             let mut inferred = vec![batch, channels];
             for axis in 0..rank {
-                let pads = if pads.is_empty() { 0 } else { pads[axis] + pads[axis + rank] };
-                let size = (spatial[axis].max(1) - 1) * strides[axis] + kernel[axis];
-                inferred.push(size.checked_sub(pads).ok_or_else(|| invalid("pads crop everything"))?);
+                let pads = if pads.is_empty() { 0 } else { pads[axis].saturating_add(pads[axis + rank]) };
+                let size = (spatial[axis].max(1) - 1).checked_mul(strides[axis]);
+                let size = size.and_then(|s| s.checked_add(kernel[axis])).and_then(|s| s.checked_sub(pads));
+                inferred.push(size.ok_or_else(|| invalid("strides, kernel and pads give no size"))?);
             }
             ops::max_unpool(&x, &required(inputs, 1, "indices")?, &inferred, y)
         }

@@ -59,3 +59,6 @@ pub(crate) fn expect_same_count(x: &TensorView, y: &TensorViewMut) -> Result<(),
     }
     Err(OpError::Invalid(format!("an operand of shape {:?} gives a result of shape {:?}", x.dims, y.dims)))
 }
+
+#[cfg(test)]
+mod tests;

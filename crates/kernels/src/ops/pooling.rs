@@ -225,7 +225,9 @@ pub fn max_roi_pool(
             if roi[0] < 0.0 || sample >= batch {
                 return Err(OpError::Invalid(format!("MaxRoiPool: region {n} names sample {}", roi[0])));
             }
-            let scaled = |v: f64| (v * f64::from(spatial_scale)).round() as i64;
+            // Far outside any picture is as good as infinitely far, and its sums do not overflow.
+            const FAR: f64 = (1u64 << 40) as f64;
+            let scaled = |v: f64| (v * f64::from(spatial_scale)).round().clamp(-FAR, FAR) as i64;
             let (x1, y1, x2, y2) = (scaled(roi[1]), scaled(roi[2]), scaled(roi[3]), scaled(roi[4]));
             let bin = |from: i64, to: i64, bins: usize, i: usize, limit: usize| {
                 let size = (to - from + 1).max(1) as f64 / bins as f64;
@@ -290,6 +292,9 @@ pub fn roi_align(
     let ([batch, channels, height, width], [count, _, rows, columns]) = (four(x.dims)?, four(y.dims)?);
     if rois.len() != count * 4 || samples.len() != count || rois.dtype != x.dtype || x.dtype != y.dtype {
         return Err(OpError::Invalid(format!("RoiAlign with regions of shape {:?}", rois.dims)));
+    }
+    if x.is_empty() && !y.is_empty() {
+        return Err(OpError::Invalid(format!("RoiAlign of an empty picture {:?}", x.dims)));
     }
     if let Some(bad) = samples.iter().find(|&&s| s < 0 || s as usize >= batch) {
         return Err(OpError::Invalid(format!("RoiAlign: a region names sample {bad} of {batch}")));
