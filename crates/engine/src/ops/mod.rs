@@ -18,6 +18,7 @@ mod ml;
 mod movement;
 mod operands;
 mod quantization;
+mod quantized_elementwise;
 mod random;
 mod recurrent;
 mod resampling;
@@ -134,7 +135,9 @@ pub fn compute(
         | Op::QLinearMatMul(_)
         | Op::ConvInteger(_)
         | Op::QLinearConv(_) => quantization::compute(op, inputs, outputs, workspace),
-        Op::QLinearUnary(_) | Op::QLinearBinary { .. } | Op::QLinearPool(_) => Err(no_kernel(op)),
+        Op::QLinearUnary(_) | Op::QLinearBinary { .. } | Op::QLinearPool(_) => {
+            quantized_elementwise::compute(op, inputs, only(outputs)?, context)
+        }
         Op::NllLoss(_) | Op::SoftmaxCrossEntropyLoss(_) => loss::compute(op, inputs, outputs),
         Op::Random(_) | Op::Bernoulli { .. } | Op::Multinomial { .. } | Op::Dropout { .. } => {
             random::compute(op, inputs, outputs, context)

@@ -371,7 +371,7 @@ fn each_row<A: QuantizedInteger, B: QuantizedInteger>(
 }
 
 /// Limits of a quantised result after an activation that limits the range of the real one.
-fn activated_bounds(
+pub(super) fn activated_bounds(
     activation: Option<UnaryOp>,
     bounds: (i32, i32),
     scale: f32,

@@ -75,7 +75,7 @@ fn convolution_shape(
     shape(a, x, *out_channels, window(spatial, kernel, &a.strides, &a.dilations, resolved))
 }
 
-fn pooling_shape(a: &PoolAttributes, x: &TensorView) -> Result<PoolingShape, OpError> {
+pub(super) fn pooling_shape(a: &PoolAttributes, x: &TensorView) -> Result<PoolingShape, OpError> {
     let (batch, channels, spatial) = picture(x.dims, a.layout)?;
     let rank = spatial.len();
     let resolved = resolve_window(&spatial, &a.kernel, &a.strides, &a.dilations, &a.padding, a.ceil_mode)

@@ -17,6 +17,7 @@ mod movement;
 mod normalisation;
 mod pooling;
 pub mod quantize;
+pub mod quantized_elementwise;
 pub mod random;
 pub mod real;
 pub mod recurrent;

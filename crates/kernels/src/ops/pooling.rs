@@ -151,7 +151,7 @@ fn column_major(mut pixel: usize, dims: &[usize]) -> usize {
 }
 
 /// Window elements that lie on the input or on its declared padding, but not beyond.
-fn padded_count(shape: &PoolingShape, mut position: usize) -> usize {
+pub(super) fn padded_count(shape: &PoolingShape, mut position: usize) -> usize {
     let w = &shape.window;
     let mut count = 1;
     for axis in (0..w.input.len()).rev() {
