@@ -7,7 +7,7 @@ use lightering_kernels::{
 };
 use lightering_tier::ByteSource;
 
-use super::{Broadcast, Bytes8, ChainStep, Kernel};
+use super::{Broadcast, Bytes8, ChainStep, Columns, Kernel};
 use crate::EngineError;
 use crate::ops::{self, OpContext, OpError, TensorView, TensorViewMut};
 use crate::program::Instruction;
@@ -34,11 +34,11 @@ impl<'a> Call<'a> {
             Kernel::Generic => ops::compute(&node.op, self.inputs, outputs, workspace, self.context),
             Kernel::GatherStored => return self.gather_stored(outputs),
             Kernel::Dynamic => Err(OpError::Invalid("a dynamic node has no call".to_owned())),
-            Kernel::Conv { shape, batch, activation, planes } => {
-                return self.conv(shape, *batch, *activation, *planes, outputs, workspace);
+            Kernel::Conv { shape, batch, activation, planes, columns } => {
+                return self.conv(shape, *batch, *activation, *planes, *columns, outputs, workspace);
             }
-            Kernel::MatMul { rows, k, n, activation } => {
-                return self.matmul(*rows, *k, *n, *activation, outputs);
+            Kernel::MatMul { rows, k, n, activation, columns } => {
+                return self.matmul(*rows, *k, *n, *activation, *columns, outputs);
             }
             Kernel::Pool { shape, batch, kind } => return self.pool(shape, *batch, *kind, outputs),
             Kernel::GlobalAverage { batch, pixels, channels } => {
@@ -154,6 +154,7 @@ impl<'a> Call<'a> {
         batch: usize,
         activation: Activation,
         planes: bool,
+        columns: Columns,
         outputs: &mut [Option<TensorViewMut<'_>>],
         workspace: &mut [u8],
     ) -> Result<(), EngineError> {
@@ -165,7 +166,8 @@ impl<'a> Call<'a> {
             Some(s) => (s.output_rows.clone(), s.input_first_rows[0]),
         };
         let image_in = x.len() / batch.max(1);
-        let image_out = rows.len() * shape.out_w * shape.out_c;
+        let image_out = rows.len() * shape.out_w * columns.total;
+        let bias = self.optional_f32(2).map(|b| &b[columns.first..]);
         for b in 0..batch {
             let data = &x[b * image_in..][..image_in];
             let input = if planes {
@@ -174,13 +176,25 @@ impl<'a> Call<'a> {
                 ConvInput::Nhwc { data, pixel_stride: shape.in_c, first_row }
             };
             let epilogue = Epilogue {
-                bias: self.optional_f32(2),
-                residual: residual
-                    .map(|r| Residual { data: &r[b * image_out..][..image_out], stride: shape.out_c }),
+                bias,
+                residual: residual.map(|r| Residual {
+                    data: &r[b * image_out..][columns.first..image_out],
+                    stride: columns.total,
+                }),
                 activation,
             };
-            let target = &mut y[b * image_out..][..image_out];
-            conv2d(self.threads, shape, input, packed, target, shape.out_c, rows.clone(), &epilogue, scratch);
+            let target = &mut y[b * image_out..][columns.first..image_out];
+            conv2d(
+                self.threads,
+                shape,
+                input,
+                packed,
+                target,
+                columns.total,
+                rows.clone(),
+                &epilogue,
+                scratch,
+            );
         }
         Ok(())
     }
@@ -191,16 +205,19 @@ impl<'a> Call<'a> {
         k: usize,
         n: usize,
         activation: Activation,
+        columns: Columns,
         outputs: &mut [Option<TensorViewMut<'_>>],
     ) -> Result<(), EngineError> {
         let (a, packed, c) = (self.f32(0)?, self.f32(1)?, self.result(outputs)?);
         let rows = self.instruction.stripe.as_ref().map_or(rows, |s| s.output_rows.len());
         let epilogue = Epilogue {
-            bias: self.optional_f32(2),
-            residual: self.optional_f32(3).map(|data| Residual { data, stride: n }),
+            bias: self.optional_f32(2).map(|b| &b[columns.first..]),
+            residual: self
+                .optional_f32(3)
+                .map(|r| Residual { data: &r[columns.first..], stride: columns.total }),
             activation,
         };
-        gemm(self.threads, rows, n, k, a, k, packed, c, n, &epilogue);
+        gemm(self.threads, rows, n, k, a, k, packed, &mut c[columns.first..], columns.total, &epilogue);
         Ok(())
     }
 

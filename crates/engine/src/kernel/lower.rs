@@ -15,7 +15,7 @@ use lightering_kernels::{
 use lightering_units::DType;
 
 use super::packing::{Packing, Scale};
-use super::{Broadcast, Bytes8, ChainStep, HeadPlaces, Kernel, MaskPlace, activation_of};
+use super::{Broadcast, Bytes8, ChainStep, Columns, HeadPlaces, Kernel, MaskPlace, activation_of};
 
 /// The choice for one node.
 pub(crate) struct Lowered {
@@ -179,7 +179,7 @@ fn lower_conv(
     let transpose = graph.producer(source).filter(|id| absorbed.contains(id));
     let planes = transpose.is_some();
     Some(Lowered {
-        kernel: Kernel::Conv { shape, batch, activation, planes },
+        kernel: Kernel::Conv { shape, batch, activation, planes, columns: Columns::all(shape.out_c) },
         packings: vec![(1, Packing::Conv { shape, scale })],
         absorbed: vec![4],
         replaced: transpose.and_then(|t| Some((0, graph.node(t).input(0)?))).into_iter().collect(),
@@ -201,7 +201,7 @@ fn lower_matmul(graph: &Graph, node: &Node, a: &MatMulAttributes) -> Option<Lowe
     }
     let packing = if a.trans_b { Packing::Nk { k, n, scale } } else { Packing::Kn { k, n, scale } };
     Some(Lowered {
-        kernel: Kernel::MatMul { rows, k, n, activation },
+        kernel: Kernel::MatMul { rows, k, n, activation, columns: Columns::all(n) },
         packings: vec![(1, packing)],
         absorbed: vec![4],
         replaced: Vec::new(),

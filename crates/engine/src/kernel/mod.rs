@@ -11,7 +11,7 @@ use lightering_kernels::{Activation, AttentionShape, Binary, ConvShape, HeadStri
 
 pub(crate) use call::Call;
 pub(crate) use lower::{Lowered, absorbed_transposes, lower};
-pub(crate) use packing::Packing;
+pub(crate) use packing::{Packing, Scale};
 
 /// A kernel with everything that does not change between runs.
 #[derive(Clone, Debug)]
@@ -29,9 +29,10 @@ pub(crate) enum Kernel {
         activation: Activation,
         /// The operand is still in planes (`[batch, channels, height, width]`).
         planes: bool,
+        columns: Columns,
     },
     /// Matrix product with packed weights: `[rows, k]` by `[k, n]`.
-    MatMul { rows: usize, k: usize, n: usize, activation: Activation },
+    MatMul { rows: usize, k: usize, n: usize, activation: Activation, columns: Columns },
     /// Pooling, channels last.
     Pool { shape: PoolShape, batch: usize, kind: PoolKind },
     /// Mean over the picture, channels last.
@@ -61,6 +62,22 @@ pub(crate) enum Kernel {
     ByteConv { shape: ConvShape, batch: usize, bytes: Arc<Bytes8> },
     /// 8-bit matrix product with packed weights.
     ByteMatMul { rows: usize, k: usize, n: usize, bytes: Arc<Bytes8> },
+}
+
+/// Which output channels a kernel computes, when a large weight is read in chunks of them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Columns {
+    /// First of them.
+    pub first: usize,
+    /// Channels of the whole result: the distance between its rows.
+    pub total: usize,
+}
+
+impl Columns {
+    /// All of them.
+    pub fn all(total: usize) -> Columns {
+        Columns { first: 0, total }
+    }
 }
 
 /// One step of [`Kernel::Chain`].

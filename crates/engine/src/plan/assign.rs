@@ -58,12 +58,13 @@ pub(crate) struct Assignment {
 pub(crate) struct Minimal {
     pub total: usize,
     pub peak_at: usize,
+    pub assignment: Assignment,
 }
 
 /// Weights are read in pieces of about this size and packed from there.
 pub(crate) const STAGING_BYTES: usize = 256 << 10;
 /// Staging when memory is very scarce.
-const STAGING_BYTES_MIN: usize = 32 << 10;
+pub(crate) const STAGING_BYTES_MIN: usize = 32 << 10;
 
 /// Size of the staging area: what is asked for, or the largest piece of a weight that cannot be divided; nothing when
 /// no weight is packed on its way.
@@ -200,7 +201,7 @@ pub(crate) fn minimal(program: &Program) -> Minimal {
     let a = assignment(program, all_streamed(program), STAGING_BYTES_MIN);
     let live = live_profile(&a.requests.iter().map(|(_, r)| r.clone()).collect::<Vec<_>>());
     let peak_at = (0..live.len()).max_by_key(|&i| live[i]).unwrap_or(0);
-    Minimal { total: a.placement.total, peak_at }
+    Minimal { total: a.placement.total, peak_at, assignment: a }
 }
 
 /// The largest holders at an instruction, for the error message.

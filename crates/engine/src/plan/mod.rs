@@ -6,6 +6,7 @@
 //! place of operands, layers split into stripes of rows where the peak is, and weights streamed from the file.
 
 mod assign;
+mod chunks;
 mod offsets;
 mod order;
 mod predict;
@@ -135,6 +136,10 @@ pub struct Plan {
 pub const PLAN_SCHEMA: &str = "lightering.plan/1";
 /// Bytes of bookkeeping per instruction, tensor and weight: names, shapes, operators on the ordinary heap.
 const BOOKKEEPING_PER_ITEM: usize = 600;
+/// Under a budget no single weight that can be divided takes more than this part of it.
+const CHUNKS_PER_BUDGET: usize = 8;
+/// Smaller chunks cost more requests than they save memory.
+const CHUNK_BYTES_MIN: usize = 128 << 10;
 /// Stripes are introduced at most so many times.
 const STRIPE_ROUNDS_MAX: usize = 24;
 
@@ -226,35 +231,85 @@ pub(crate) fn plan(mut program: Program, options: &PlanOptions) -> Result<Layout
             return Ok(finish(program, assignment, decisions, options, outside, &rates));
         }
     }
+    match squeeze(&program, limit, &rates) {
+        Ok((program, assignment, more)) => {
+            decisions.extend(more);
+            Ok(finish(program, assignment, decisions, options, outside, &rates))
+        }
+        Err(shortage) => Err(shortage.into_error(&program, budget, outside, &rates)),
+    }
+}
+
+/// The least that was reached when nothing fits.
+struct Shortage {
+    bytes: usize,
+    at: String,
+    holders: String,
+}
+
+/// Fits a program into `limit` bytes by streaming weights, in chunks where they are large, and splitting layers into
+/// stripes.
+fn squeeze(
+    program: &Program,
+    limit: usize,
+    rates: &predict::Rates,
+) -> Result<(Program, Assignment, Vec<Decision>), Shortage> {
+    let mut program = program.clone();
+    let mut decisions = Vec::new();
+    decisions.extend(chunks::split(&mut program, (limit / CHUNKS_PER_BUDGET).max(CHUNK_BYTES_MIN)));
     let mut splitter = stripes::Splitter::new(&program);
-    let mut smallest: Option<(usize, usize, Program)> = None;
-    let mut best: Option<(Program, Assignment)> = None;
+    let mut shortage: Option<Shortage> = None;
     for _ in 0..STRIPE_ROUNDS_MAX {
         let minimal = assign::minimal(&program);
-        if smallest.as_ref().is_none_or(|(s, _, _)| minimal.total < *s) {
-            smallest = Some((minimal.total, minimal.peak_at, program.clone()));
+        let fitting = match assign::within(&program, limit, rates) {
+            None if minimal.total <= limit => Some(minimal.assignment),
+            other => other,
+        };
+        if let Some(assignment) = fitting {
+            decisions.extend(splitter.decisions(&program));
+            return Ok((program, assignment, decisions));
         }
-        if let Some(assignment) = assign::within(&program, limit, &rates) {
-            best = Some((program.clone(), assignment));
-            break;
+        if shortage.as_ref().is_none_or(|s| minimal.total < s.bytes) {
+            shortage = Some(Shortage {
+                bytes: minimal.total,
+                at: program.instructions.get(minimal.peak_at).map_or(String::new(), |i| i.node.name.clone()),
+                holders: assign::holders_at(&program, minimal.peak_at),
+            });
         }
-        let Some(split) = splitter.split_at(&program, minimal.peak_at, limit) else { break };
+        let Some(split) = splitter.improve(&program, limit) else { break };
         program = split;
     }
-    if let Some((program, assignment)) = best {
-        decisions.extend(splitter.decisions(&program));
-        return Ok(finish(program, assignment, decisions, options, outside, &rates));
+    Err(shortage.expect("at least one round was run"))
+}
+
+/// How often the smallest budget is looked for; each try makes a plan.
+const SMALLEST_TRIES_MAX: usize = 12;
+
+impl Shortage {
+    /// The error with a smallest budget for which a plan was really made.
+    fn into_error(
+        self,
+        program: &Program,
+        budget: Bytes,
+        outside: usize,
+        rates: &predict::Rates,
+    ) -> EngineError {
+        let mut limit = self.bytes;
+        for _ in 0..SMALLEST_TRIES_MAX {
+            match squeeze(program, limit, rates) {
+                Ok(_) => break,
+                Err(more) => limit = more.bytes.max(limit + limit / 16),
+            }
+        }
+        let smallest = Bytes((limit + outside) as u64);
+        EngineError::Budget {
+            budget,
+            smallest,
+            smallest_mib: smallest.0.div_ceil(1 << 20),
+            at: self.at,
+            holders: self.holders,
+        }
     }
-    let (bytes, at, program) = smallest.expect("at least one round was run");
-    // Splitting further may still lower the peak; the smallest budget is what the last round reached.
-    let smallest = Bytes((bytes + outside) as u64);
-    Err(EngineError::Budget {
-        budget,
-        smallest,
-        smallest_mib: smallest.0.div_ceil(1 << 20),
-        at: program.instructions.get(at).map_or(String::new(), |i| i.node.name.clone()),
-        holders: assign::holders_at(&program, at),
-    })
 }
 
 fn finish(

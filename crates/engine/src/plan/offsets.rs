@@ -52,7 +52,7 @@ pub(crate) fn live_profile(requests: &[Request]) -> Vec<usize> {
 }
 
 /// Repairs tried at most; each costs one placement.
-const REPAIRS_MAX: usize = 60;
+const REPAIRS_MAX: usize = 80;
 /// Requests × requests × repairs at most, so that planning a graph of ten thousand nodes stays short.
 const EFFORT_MAX: usize = 40_000_000;
 
@@ -82,31 +82,33 @@ pub(crate) fn place(requests: &[Request]) -> Placement {
     }
     let Some((mut best, mut order)) = best else { return Placement { offsets: Vec::new(), total: 0 } };
     let repairs = REPAIRS_MAX.min(EFFORT_MAX / (requests.len() * requests.len()).max(1));
+    // A fixed seed: the same graph always gets the same plan.
+    let mut random = 0x9e37_79b9_7f4a_7c15u64;
+    let mut below = |n: usize| {
+        random ^= random << 13;
+        random ^= random >> 7;
+        random ^= random << 17;
+        (random % n.max(1) as u64) as usize
+    };
     for _ in 0..repairs {
         if best.total == bound {
             break;
         }
-        let top = |&i: &usize| best.offsets[i] + requests[i].size == best.total;
-        let Some(position) = order.iter().position(top) else { break };
+        // One of the buffers that stick out goes before something that was placed earlier.
+        let top: Vec<usize> = (0..order.len())
+            .filter(|&p| best.offsets[order[p]] + requests[order[p]].size == best.total)
+            .collect();
+        let position = top[below(top.len())];
+        if position == 0 {
+            break;
+        }
         let mut candidate = order.clone();
         let i = candidate.remove(position);
-        candidate.insert(position / 2, i);
+        candidate.insert(below(position), i);
         let placement = place_in_order(requests, &candidate);
-        if placement.total < best.total {
+        // Equal ones are taken, too, so that the search does not stand still on a plateau.
+        if placement.total <= best.total {
             (best, order) = (placement, candidate);
-        } else if position == 0 {
-            break;
-        } else {
-            // Not better: keep the order anyway, so that the next repair starts elsewhere; the best is remembered.
-            let mut other = candidate;
-            let i = other.remove(position / 2);
-            other.insert(0, i);
-            let placement = place_in_order(requests, &other);
-            if placement.total < best.total {
-                (best, order) = (placement, other);
-            } else {
-                break;
-            }
         }
     }
     best

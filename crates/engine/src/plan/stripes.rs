@@ -15,7 +15,7 @@ use lightering_kernels::{ConvShape, PoolShape};
 use lightering_units::Bytes;
 
 use super::Decision;
-use super::assign::activation_requests;
+use super::assign::{STAGING_BYTES_MIN, activation_requests};
 use super::offsets::live_profile;
 use crate::kernel::{Broadcast, ChainStep, Kernel};
 use crate::program::{
@@ -29,6 +29,8 @@ pub(crate) struct Split {
     pub stripes: usize,
 }
 
+/// Places that are tried in one round, worst first.
+const PEAKS_MAX: usize = 6;
 /// How far a segment may reach before and after the peak.
 const REACH_MAX: usize = 10;
 /// Numbers of stripes that are tried.
@@ -50,13 +52,19 @@ impl Splitter {
         Splitter { original, splits: Vec::new() }
     }
 
-    /// Splits around instruction `peak` of the program as split so far, in the way that lowers the peak most (or
-    /// below `limit` with the least work done twice). `None` when nothing there helps.
-    pub fn split_at(&mut self, current: &Program, peak: usize, limit: usize) -> Option<Program> {
+    /// Splits around the instruction that exceeds `limit` most, in the way that helps most for the least work done
+    /// twice; around the next worst where that one cannot be helped. `None` when nothing helps.
+    pub fn improve(&mut self, current: &Program, limit: usize) -> Option<Program> {
         // Before the first split the current program does not know its positions yet.
-        let at = if self.splits.is_empty() { peak } else { current.instructions.get(peak)?.origin };
-        let before = score(current, limit);
-        let mut best: Option<(Score, Vec<Split>, Program)> = None;
+        let numbered = if self.splits.is_empty() { &self.original } else { current };
+        let before = score(numbered, limit);
+        let mut worst: Vec<(usize, usize)> = before.excess.iter().map(|(&at, &bytes)| (bytes, at)).collect();
+        worst.sort_unstable_by(|a, b| b.cmp(a));
+        worst.iter().take(PEAKS_MAX).find_map(|&(_, at)| self.split_at(at, before.rank(), limit))
+    }
+
+    fn split_at(&mut self, at: usize, before: (usize, f64), limit: usize) -> Option<Program> {
+        let mut best: Option<((usize, f64), Vec<Split>, Program)> = None;
         for start in at.saturating_sub(REACH_MAX)..=at {
             for end in at + 1..=(at + 1 + REACH_MAX).min(self.original.instructions.len()) {
                 if end - start < 2 {
@@ -71,13 +79,10 @@ impl Splitter {
                     }
                     let mut splits = kept.clone();
                     splits.push(Split { segment: segment.clone(), stripes });
-                    if splits.len() == self.splits.len() && self.splits.contains(splits.last()?) {
-                        continue;
-                    }
                     let Some(candidate) = apply(&self.original, &splits) else { continue };
-                    let score = score(&candidate, limit);
-                    if score < before && best.as_ref().is_none_or(|(b, _, _)| score < *b) {
-                        best = Some((score, splits, candidate));
+                    let rank = score(&candidate, limit).rank();
+                    if rank < before && best.as_ref().is_none_or(|(b, _, _)| rank < *b) {
+                        best = Some((rank, splits, candidate));
                     }
                 }
             }
@@ -131,9 +136,20 @@ impl Splitter {
     }
 }
 
-/// Smaller is better: bytes above the limit at the worst instruction, how many instructions are that bad, then work.
-#[derive(Clone, Copy, Debug, PartialEq, PartialOrd)]
-struct Score(usize, usize, f64);
+/// How far a program is from fitting.
+struct Score {
+    /// Bytes above the limit, for every instruction of the unsplit program that exceeds it.
+    excess: HashMap<usize, usize>,
+    work: f64,
+}
+
+impl Score {
+    /// Smaller is better: the sum of what is above the limit, then the work. The sum, not the largest, so that
+    /// mending one place counts even while another is worse.
+    fn rank(&self) -> (usize, f64) {
+        (self.excess.values().sum(), self.work)
+    }
+}
 
 /// What must be in memory at each instruction at least: activations, scratch, and the weights used there.
 fn least_live(program: &Program) -> Vec<usize> {
@@ -153,14 +169,16 @@ fn least_live(program: &Program) -> Vec<usize> {
 }
 
 fn score(program: &Program, limit: usize) -> Score {
-    let live = least_live(program);
-    // A little room for the staging area and for fragmentation.
-    let limit = limit.saturating_sub(limit / 32);
-    let worst = live.iter().copied().max().unwrap_or(0);
-    let excess = worst.saturating_sub(limit);
-    let bad = live.iter().filter(|&&l| l > limit && l + l / 50 >= worst).count();
-    let work: f64 = program.instructions.iter().map(|i| i.cost.flops.0).sum();
-    Score(excess, bad, work)
+    // A little room for fragmentation and for the staging area.
+    let limit = limit.saturating_sub(limit / 32 + STAGING_BYTES_MIN);
+    let mut excess: HashMap<usize, usize> = HashMap::new();
+    for (instruction, live) in program.instructions.iter().zip(least_live(program)) {
+        if live > limit {
+            let most = excess.entry(instruction.origin).or_default();
+            *most = (*most).max(live - limit);
+        }
+    }
+    Score { excess, work: program.instructions.iter().map(|i| i.cost.flops.0).sum() }
 }
 
 /// How the rows of an operand follow from the rows of the result.
@@ -224,6 +242,8 @@ fn striped(instruction: &Instruction) -> Option<Striped> {
     let result = instruction.outputs.first()?.as_ref()?;
     let mut operands = vec![Rows::Whole; instruction.inputs.len()];
     let rows = match &instruction.kernel {
+        Kernel::Conv { columns, shape, .. } if columns.total != shape.out_c => return None,
+        Kernel::MatMul { columns, n, .. } if columns.total != *n => return None,
         Kernel::Conv { shape, batch: 1, planes, .. } => {
             if !planes {
                 operands[0] = conv_rows(shape);
