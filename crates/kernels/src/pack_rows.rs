@@ -65,7 +65,7 @@ pub fn pack_conv_rows(
     let in_c = shape.in_c / shape.groups;
     let k = taps * in_c;
     assert!(out.len() >= conv_packed_len(shape), "{} packed values for {shape:?}", out.len());
-    assert!(rows.len() % k.max(1) == 0, "{} values are no whole rows of {k}", rows.len());
+    assert!(rows.len().is_multiple_of(k.max(1)), "{} values are no whole rows of {k}", rows.len());
     let scale = |channel: usize| scale.map_or(1.0, |s| s[channel]);
     if shape.is_depthwise() {
         for (i, row) in rows.chunks_exact(taps).enumerate() {
