@@ -517,7 +517,7 @@ impl Builder<'_> {
                 let start = starts[which];
                 let start = if start < 0 { start + size } else { start }.clamp(0, size) as usize;
                 let skip = start * dims[axis + 1..].iter().product::<usize>() * dtype.size_bytes();
-                (skip % BUFFER_ALIGNMENT == 0).then_some((source, View::Part(skip)))
+                skip.is_multiple_of(BUFFER_ALIGNMENT).then_some((source, View::Part(skip)))
             }
             Op::Split { axis } => {
                 let axis = axis.rem_euclid(dims.len().max(1) as i64) as usize;
@@ -641,4 +641,4 @@ impl Builder<'_> {
     }
 }
 
-const _: () = assert!(ARENA_ALIGNMENT % BUFFER_ALIGNMENT == 0);
+const _: () = assert!(ARENA_ALIGNMENT.is_multiple_of(BUFFER_ALIGNMENT));

@@ -1,0 +1,349 @@
+//! What can be typed. Each flag is declared once here; help, completions and the manual page are derived from it.
+
+use crate::output::Output;
+use clap::{Args, Parser, Subcommand, ValueHint};
+use clap_complete::Shell;
+use lightering_units::{Bytes, Watts};
+use std::path::PathBuf;
+
+/// Run AI models inside a memory budget that is planned, kept and proven.
+#[derive(Debug, Parser)]
+#[command(name = "lighter", version, propagate_version = true, disable_help_subcommand = true)]
+#[command(after_help = "Exit codes: 0 done, 1 a check was missed, 2 wrong usage or bad input, \
+                        3 the budget cannot be met, 4 a peer failed, 70 a bug in this program.")]
+pub struct Arguments {
+    /// How to answer.
+    #[command(flatten)]
+    pub output: OutputArguments,
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// Flags that every command has.
+#[derive(Clone, Copy, Debug, Args)]
+pub struct OutputArguments {
+    /// Write the result to stdout as JSON
+    #[arg(long, global = true, help_heading = "Output")]
+    pub json: bool,
+    /// Write no progress and no notes to stderr
+    #[arg(long, short, global = true, help_heading = "Output")]
+    pub quiet: bool,
+}
+
+impl From<OutputArguments> for Output {
+    fn from(arguments: OutputArguments) -> Output {
+        Output { json: arguments.json, quiet: arguments.quiet }
+    }
+}
+
+/// The commands.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Run a model on inputs, inside a budget, and write outputs and a receipt
+    Run(RunArguments),
+    /// Run the embedded model on its embedded picture: resident, at half and at a quarter of that memory
+    Demo(DemoArguments),
+    /// Show what is inside a model: inputs, outputs, operators, costs
+    Inspect(InspectArguments),
+    /// Plan a run without running it: what lives where and when, and what sets the peak
+    Plan(PlanArguments),
+    /// Time a model: median and 95th percentile, predicted beside measured
+    Bench(BenchArguments),
+    /// Measure this machine and write the profile that the planner uses
+    Doctor(DoctorArguments),
+    /// Run ONNX backend test cases and count what passes
+    Conformance(ConformanceArguments),
+    /// Write a completion script for a shell to stdout
+    Completions {
+        /// The shell
+        shell: Shell,
+    },
+    /// Write the manual page to stdout, or one page per command into a folder
+    Man {
+        /// Folder for lighter.1, lighter-run.1, …
+        #[arg(long, value_name = "FOLDER", value_hint = ValueHint::DirPath)]
+        output_dir: Option<PathBuf>,
+    },
+}
+
+/// A file for a named tensor: `NAME=FILE`, or `FILE` alone where only one tensor can be meant.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NamedFile {
+    /// The tensor's name; `None` for the only one.
+    pub name: Option<String>,
+    /// The file.
+    pub file: PathBuf,
+}
+
+fn parse_named_file(text: &str) -> Result<NamedFile, String> {
+    // The last '=' would split a file name, the first one a tensor name; tensor names of real models hold ':' and
+    // '/', hardly ever '=', so the first one it is. A path that exists as it stands is taken as a path.
+    match text.split_once('=') {
+        _ if text.is_empty() => Err("expected NAME=FILE or FILE".to_owned()),
+        Some((name, file))
+            if !name.is_empty() && !file.is_empty() && !std::path::Path::new(text).exists() =>
+        {
+            Ok(NamedFile { name: Some(name.to_owned()), file: file.into() })
+        }
+        Some((name, file)) if name.is_empty() || file.is_empty() => {
+            Err(format!("expected NAME=FILE or FILE, found {text:?}"))
+        }
+        _ => Ok(NamedFile { name: None, file: text.into() }),
+    }
+}
+
+fn parse_bytes(text: &str) -> Result<Bytes, String> {
+    let bytes: Bytes = text.parse().map_err(|error: lightering_units::ParseUnitError| error.to_string())?;
+    if bytes == Bytes::ZERO { Err("the size must be more than 0".to_owned()) } else { Ok(bytes) }
+}
+
+fn parse_watts(text: &str) -> Result<Watts, String> {
+    let number = text.trim_end_matches(['W', 'w']).trim();
+    match number.parse::<f64>() {
+        Ok(watts) if watts.is_finite() && watts > 0.0 => Ok(Watts(watts)),
+        _ => Err(format!("expected watts of one busy core such as 4.5, found {text:?}")),
+    }
+}
+
+fn parse_dimension(text: &str) -> Result<(String, usize), String> {
+    let error = || format!("expected NAME=SIZE such as batch=1, found {text:?}");
+    let (name, size) = text.split_once('=').ok_or_else(error)?;
+    let size = size.parse().map_err(|_| error())?;
+    if name.is_empty() { Err(error()) } else { Ok((name.to_owned(), size)) }
+}
+
+fn parse_tolerance(text: &str) -> Result<f64, String> {
+    match text.parse::<f64>() {
+        Ok(value) if value.is_finite() && value >= 0.0 => Ok(value),
+        _ => Err(format!("expected a number that is not negative, found {text:?}")),
+    }
+}
+
+/// Flags about what a run may use, shared by `run`, `plan` and `bench`.
+#[derive(Clone, Debug, Args)]
+#[command(next_help_heading = "Budget and machine")]
+pub struct ResourceArguments {
+    /// Most memory that may be held, such as 64MiB; without it, no limit
+    ///
+    /// Counts everything that the process holds beyond the program's own fixed cost, which `lighter doctor` prints:
+    /// weights, activations, scratch, buffers and inputs. When no plan fits, the exit code is 3 and the smallest
+    /// budget that would do is named.
+    #[arg(long, short, value_name = "SIZE", value_parser = parse_bytes)]
+    pub memory: Option<Bytes>,
+    /// Threads that compute [default: all cores]
+    #[arg(long, short, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1024))]
+    pub threads: Option<u32>,
+    /// Machine profile to plan with [default: what `lighter doctor` wrote]
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
+    pub machine: Option<PathBuf>,
+    /// Size of a symbolic dimension of the model, may be repeated
+    #[arg(long = "dim", value_name = "NAME=SIZE", value_parser = parse_dimension)]
+    pub dimensions: Vec<(String, usize)>,
+}
+
+/// Flags about what goes in, shared by `run` and `bench`.
+#[derive(Clone, Debug, Args)]
+#[command(next_help_heading = "Inputs")]
+pub struct InputArguments {
+    /// File for an input (.npy, .npz, .pb, picture, or raw bytes), may be repeated; NAME may be left out when the
+    /// model has one input
+    #[arg(long = "input", short = 'i', value_name = "NAME=FILE", value_parser = parse_named_file)]
+    pub inputs: Vec<NamedFile>,
+    /// How a picture becomes an input, such as size=224,mean=127,std=128
+    #[arg(long, value_name = "SPEC")]
+    pub preprocess: Option<String>,
+}
+
+/// Flags about the receipt, shared by `run` and `bench`.
+#[derive(Clone, Debug, Args)]
+#[command(next_help_heading = "Receipt")]
+pub struct ReceiptArguments {
+    /// Write the receipt to this file as JSON
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
+    pub receipt: Option<PathBuf>,
+    /// Estimate energy as this many watts times CPU seconds where the processor's counter cannot be read
+    #[arg(long, value_name = "WATTS", value_parser = parse_watts)]
+    pub energy_model: Option<Watts>,
+}
+
+/// `lighter run`
+#[derive(Clone, Debug, Args)]
+pub struct RunArguments {
+    /// The model (.onnx); without it, the embedded default model runs on its embedded picture
+    #[arg(value_name = "MODEL", value_hint = ValueHint::FilePath)]
+    pub model: Option<PathBuf>,
+    /// What goes in.
+    #[command(flatten)]
+    pub input: InputArguments,
+    /// What may be used.
+    #[command(flatten)]
+    pub resources: ResourceArguments,
+    /// Folder for the outputs, each as NAME.npy
+    #[arg(long, short, value_name = "DIR", value_hint = ValueHint::DirPath)]
+    pub output_dir: Option<PathBuf>,
+    /// What is told about it.
+    #[command(flatten)]
+    pub receipt: ReceiptArguments,
+    /// Print the K largest elements of each output
+    #[arg(long, value_name = "K", value_parser = clap::value_parser!(u32).range(1..))]
+    pub top_k: Option<u32>,
+    /// Names of the classes, one a line, for --top-k
+    #[arg(long, value_name = "FILE", requires = "top_k", value_hint = ValueHint::FilePath)]
+    pub labels: Option<PathBuf>,
+    /// Compare an output with a file (.npy or .pb) and exit with 1 when they differ, may be repeated
+    #[arg(long, value_name = "NAME=FILE", value_parser = parse_named_file)]
+    pub expect: Vec<NamedFile>,
+    /// Relative tolerance of --expect
+    #[arg(long, value_name = "X", default_value = "1e-3", value_parser = parse_tolerance)]
+    pub rtol: f64,
+    /// Absolute tolerance of --expect
+    #[arg(long, value_name = "X", default_value = "1e-7", value_parser = parse_tolerance)]
+    pub atol: f64,
+    /// Print the time of every node
+    #[arg(long)]
+    pub profile: bool,
+}
+
+/// `lighter demo`
+#[derive(Clone, Debug, Args)]
+pub struct DemoArguments {
+    /// Threads that compute [default: all cores]
+    #[arg(long, short, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1024))]
+    pub threads: Option<u32>,
+}
+
+/// `lighter inspect`
+#[derive(Clone, Debug, Args)]
+pub struct InspectArguments {
+    /// The model (.onnx)
+    #[arg(value_name = "MODEL", value_hint = ValueHint::FilePath)]
+    pub model: PathBuf,
+    /// Size of a symbolic dimension of the model, may be repeated
+    #[arg(long = "dim", value_name = "NAME=SIZE", value_parser = parse_dimension)]
+    pub dimensions: Vec<(String, usize)>,
+    /// Print the graph as text, node by node
+    #[arg(long)]
+    pub graph: bool,
+}
+
+/// `lighter plan`
+#[derive(Clone, Debug, Args)]
+pub struct PlanArguments {
+    /// The model (.onnx)
+    #[arg(value_name = "MODEL", value_hint = ValueHint::FilePath)]
+    pub model: PathBuf,
+    /// What may be used.
+    #[command(flatten)]
+    pub resources: ResourceArguments,
+    /// Draw the plan as a timeline: which tensor occupies which bytes when
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
+    pub svg: Option<PathBuf>,
+}
+
+/// `lighter bench`
+#[derive(Clone, Debug, Args)]
+pub struct BenchArguments {
+    /// The model (.onnx)
+    #[arg(value_name = "MODEL", value_hint = ValueHint::FilePath)]
+    pub model: PathBuf,
+    /// What goes in; an input without a file is filled with numbers from a fixed seed.
+    #[command(flatten)]
+    pub input: InputArguments,
+    /// What may be used.
+    #[command(flatten)]
+    pub resources: ResourceArguments,
+    /// Runs before the timed ones
+    #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u32).range(0..=100_000))]
+    pub warmup: u32,
+    /// Timed runs
+    #[arg(long, value_name = "N", default_value_t = 20, value_parser = clap::value_parser!(u32).range(1..=100_000))]
+    pub runs: u32,
+    /// What is told about it.
+    #[command(flatten)]
+    pub receipt: ReceiptArguments,
+}
+
+/// `lighter doctor`
+#[derive(Clone, Debug, Args)]
+pub struct DoctorArguments {
+    /// Where to write the profile [default: $XDG_CONFIG_HOME/lightering/machine.json]
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
+    pub output: Option<PathBuf>,
+    /// Measure and print, but write no profile
+    #[arg(long, conflicts_with = "output")]
+    pub dry_run: bool,
+    /// Folder on the disk to measure [default: the profile's folder]
+    #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath)]
+    pub disk: Option<PathBuf>,
+    /// Size of the file that is written there to be read, removed afterwards
+    #[arg(long, value_name = "SIZE", default_value = "256MiB", value_parser = parse_bytes)]
+    pub disk_bytes: Bytes,
+    /// Measure for a fraction of the time; the figures are rougher
+    #[arg(long)]
+    pub fast: bool,
+}
+
+/// `lighter conformance`
+#[derive(Clone, Debug, Args)]
+pub struct ConformanceArguments {
+    /// Folder of ONNX backend test cases: CASE/model.onnx with CASE/test_data_set_N/{input,output}_K.pb
+    #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath)]
+    pub onnx: PathBuf,
+    /// Run only the cases whose name contains this
+    #[arg(long, value_name = "TEXT")]
+    pub filter: Option<String>,
+    /// Relative tolerance
+    #[arg(long, value_name = "X", default_value = "1e-3", value_parser = parse_tolerance)]
+    pub rtol: f64,
+    /// Absolute tolerance
+    #[arg(long, value_name = "X", default_value = "1e-7", value_parser = parse_tolerance)]
+    pub atol: f64,
+    /// Memory that one case may hold
+    #[arg(long, short, value_name = "SIZE", default_value = "2GiB", value_parser = parse_bytes)]
+    pub memory: Bytes,
+    /// Threads that compute
+    #[arg(long, short, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=1024))]
+    pub threads: u32,
+    /// Exit with 1 when fewer than this many cases pass
+    #[arg(long, value_name = "N")]
+    pub require: Option<usize>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_declarations_are_consistent() {
+        Arguments::command().debug_assert();
+    }
+
+    #[test]
+    fn named_files() {
+        let check = |text: &str, name: Option<&str>, file: &str| {
+            let expected = NamedFile { name: name.map(str::to_owned), file: file.into() };
+            assert_eq!(parse_named_file(text), Ok(expected), "{text}");
+        };
+        check("data=x.npy", Some("data"), "x.npy");
+        check("input:0=a=b.npy", Some("input:0"), "a=b.npy");
+        check("photo.jpg", None, "photo.jpg");
+        for bad in ["", "=x.npy", "data=", "="] {
+            assert!(parse_named_file(bad).is_err(), "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn quantities_are_refused_with_an_example() {
+        assert!(parse_bytes("5 parsecs").unwrap_err().contains("64MiB"));
+        assert!(parse_bytes("0").is_err());
+        assert!(parse_watts("-3").is_err());
+        assert_eq!(parse_watts("4.5W"), Ok(Watts(4.5)));
+        assert_eq!(parse_dimension("batch=8"), Ok(("batch".to_owned(), 8)));
+        for bad in ["batch", "=8", "batch=", "batch=-1"] {
+            assert!(parse_dimension(bad).unwrap_err().contains("batch=1"), "{bad}");
+        }
+        assert!(parse_tolerance("nan").is_err());
+    }
+}

@@ -1,0 +1,30 @@
+//! One file per command.
+
+mod bench;
+mod completions;
+mod conformance;
+mod demo;
+mod doctor;
+mod inspect;
+mod man;
+mod plan;
+mod run;
+
+use crate::arguments::{Arguments, Command};
+use crate::failure::Outcome;
+
+/// Runs the command that was typed.
+pub fn run(arguments: Arguments) -> Outcome {
+    let output = arguments.output.into();
+    match arguments.command {
+        Command::Run(arguments) => run::run(&arguments, output),
+        Command::Demo(arguments) => demo::run(&arguments, output),
+        Command::Inspect(arguments) => inspect::run(&arguments, output),
+        Command::Plan(arguments) => plan::run(&arguments, output),
+        Command::Bench(arguments) => bench::run(&arguments, output),
+        Command::Doctor(arguments) => doctor::run(&arguments, output),
+        Command::Conformance(arguments) => conformance::run(&arguments, output),
+        Command::Completions { shell } => completions::run(shell),
+        Command::Man { output_dir } => man::run(output_dir.as_deref()),
+    }
+}

@@ -1,0 +1,436 @@
+//! The one place where the command line meets formats, passes, planner and executor.
+
+use crate::embedded;
+use crate::failure::{Exit, Failure, Outcome};
+use crate::usage::Baseline;
+use crate::values::{LoadedInput, Port};
+use anyhow::Context;
+use lightering_engine::{
+    Bindings, EngineError, Feed, Plan, PlanOptions, PrepareOptions, RuntimeValue, Session, SessionOptions,
+    plan_graph, prepare,
+};
+use lightering_formats::onnx::{self, ModelFile};
+use lightering_graph::{Dim, Graph, TensorType, ValueId, ValueType, cost::graph_cost};
+use lightering_kernels::Isa;
+use lightering_meter::{
+    MachineProfile, MemoryPool, ModelIdentity, PlanStep, PlanSummary, Reservation, SpanTotal, Tier,
+    sha256_file, sha256_hex,
+};
+use lightering_tier::ByteSource;
+use lightering_units::{Bytes, Flops, Seconds};
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+/// Where a model comes from.
+#[derive(Clone, Debug)]
+pub enum ModelSource {
+    /// A file.
+    File(PathBuf),
+    /// The model that the binary carries.
+    Embedded,
+}
+
+impl ModelSource {
+    /// What the receipt says of it; the checksum only when asked for, since it reads the whole file.
+    pub fn identity(&self, with_checksum: bool) -> Outcome<ModelIdentity> {
+        Ok(match self {
+            ModelSource::File(path) => ModelIdentity {
+                path: path.display().to_string(),
+                size_bytes: Bytes(
+                    std::fs::metadata(path).with_context(|| format!("opening {}", path.display()))?.len(),
+                ),
+                sha256: if with_checksum { Some(sha256_file(path)?) } else { None },
+            },
+            ModelSource::Embedded => ModelIdentity {
+                path: format!("embedded:{}", embedded::MODEL_NAME),
+                size_bytes: Bytes(embedded::MODEL.len() as u64),
+                sha256: with_checksum.then(|| sha256_hex(embedded::MODEL)),
+            },
+        })
+    }
+
+    /// Bytes of the program file that are this model.
+    pub fn embedded_bytes(&self) -> Bytes {
+        match self {
+            ModelSource::File(_) => Bytes::ZERO,
+            ModelSource::Embedded => Bytes(embedded::MODEL.len() as u64),
+        }
+    }
+}
+
+/// The machine profile at `path`, else the user's, else conservative figures.
+pub fn load_profile(path: Option<&Path>) -> Outcome<MachineProfile> {
+    let hint = "lighter doctor, which writes a new profile";
+    match path {
+        Some(path) => MachineProfile::load(path),
+        None => MachineProfile::load_or_conservative(),
+    }
+    .map_err(|error| Failure::from(error).context("reading the machine profile").or_hint(hint))
+}
+
+/// What one run of a model costs, whatever the order and the place of its tensors.
+#[derive(Clone, Copy, Debug, Default, serde::Serialize)]
+pub struct Costs {
+    /// Operations; a multiply-add counts as two.
+    pub flops: Flops,
+    /// Bytes read by all nodes, weights included.
+    pub bytes_read: Bytes,
+    /// Bytes written by all nodes.
+    pub bytes_written: Bytes,
+}
+
+/// A model that was read and not yet planned.
+pub struct Model {
+    graph: Graph,
+    sources: Vec<Arc<dyn ByteSource>>,
+    from_file: bool,
+    producer: String,
+    opsets: BTreeMap<String, i64>,
+}
+
+/// What a plan may use; see the fields of the command line.
+#[derive(Clone, Copy)]
+pub struct Means<'a> {
+    /// Threads that compute.
+    pub threads: u32,
+    /// The machine.
+    pub profile: &'a MachineProfile,
+    /// The budget, with what is held of it.
+    pub pool: &'a MemoryPool,
+    /// What the process held before it read anything.
+    pub baseline: &'a Baseline,
+}
+
+impl Model {
+    /// Reads a model's structure; weights stay in the file.
+    pub fn open(source: &ModelSource) -> Outcome<Model> {
+        let file = match source {
+            ModelSource::File(path) => ModelFile::open(path)?,
+            ModelSource::Embedded => ModelFile::from_source(Arc::new(embedded::MODEL))?,
+        };
+        let place = match source {
+            ModelSource::File(path) => path.display().to_string(),
+            ModelSource::Embedded => embedded::MODEL_NAME.to_owned(),
+        };
+        let opsets = file
+            .model
+            .opset_import
+            .iter()
+            .map(|set| {
+                let domain = if set.domain.is_empty() { "ai.onnx" } else { &set.domain };
+                (domain.to_owned(), set.version)
+            })
+            .collect();
+        let producer = [file.model.producer_name.as_str(), file.model.producer_version.as_str()].join(" ");
+        let imported =
+            onnx::import(&file).map_err(|e| Failure::from(e).context(format!("importing {place}")))?;
+        Ok(Model {
+            graph: imported.graph,
+            sources: imported.sources,
+            from_file: matches!(source, ModelSource::File(_)),
+            producer: producer.trim().to_owned(),
+            opsets,
+        })
+    }
+
+    /// The operators that a model file uses, by name, each once.
+    pub fn operators(path: &Path) -> Outcome<Vec<String>> {
+        let file = ModelFile::open(path)?;
+        let nodes = file.model.graph.iter().flat_map(|g| &g.node);
+        Ok(nodes.map(|n| n.op_type.clone()).collect::<BTreeSet<_>>().into_iter().collect())
+    }
+
+    /// The graph as imported.
+    pub fn graph(&self) -> &Graph {
+        &self.graph
+    }
+
+    /// The program that wrote the model.
+    pub fn producer(&self) -> &str {
+        &self.producer
+    }
+
+    /// Versions of the operator sets, by domain.
+    pub fn opsets(&self) -> &BTreeMap<String, i64> {
+        &self.opsets
+    }
+
+    /// What goes in.
+    pub fn inputs(&self) -> Vec<Port> {
+        self.graph.inputs.iter().map(|&v| self.port(v)).collect()
+    }
+
+    /// What comes out.
+    pub fn outputs(&self) -> Vec<Port> {
+        self.graph.outputs.iter().map(|&v| self.port(v)).collect()
+    }
+
+    fn port(&self, id: ValueId) -> Port {
+        let value = self.graph.value(id);
+        Port { name: value.name.clone(), ty: value.ty.clone() }
+    }
+
+    /// Types of the inputs with every dimension known: from the loaded values, else from `dimensions`, else 1.
+    fn bindings(&self, dimensions: &BTreeMap<String, usize>, inputs: &[LoadedInput]) -> Bindings {
+        let mut bindings = Bindings::default();
+        for &id in &self.graph.inputs {
+            let value = self.graph.value(id);
+            let Some(declared) = value.ty.tensor() else { continue };
+            let loaded = inputs.iter().find(|i| i.name == value.name).and_then(|i| i.value.tensor());
+            let ty = match (loaded, &declared.shape) {
+                (Some(tensor), _) => tensor.tensor_type(),
+                (None, Some(shape)) => {
+                    let dims: Vec<usize> = shape
+                        .iter()
+                        .map(|dim| match dim {
+                            Dim::Fixed(size) => *size,
+                            Dim::Symbol(name) => dimensions.get(name.as_ref()).copied().unwrap_or(1),
+                            Dim::Unknown(()) => 1,
+                        })
+                        .collect();
+                    TensorType::fixed(declared.dtype, &dims)
+                }
+                (None, None) => continue,
+            };
+            bindings.types.push((id, ty));
+        }
+        bindings
+    }
+
+    /// Binds the inputs and rewrites the graph for the kernels; tells what is held besides what the plan will count.
+    fn prepared(
+        mut self,
+        dimensions: &BTreeMap<String, usize>,
+        inputs: &[LoadedInput],
+        means: Means<'_>,
+    ) -> Outcome<(Graph, Vec<Arc<dyn ByteSource>>, Bytes)> {
+        let bindings = self.bindings(dimensions, inputs);
+        prepare(&mut self.graph, &bindings, &self.sources, means.pool, &PrepareOptions::default())?;
+        // What the readers and passes left on the heap is known only by measuring it; inputs are already counted.
+        let inputs: Bytes = inputs.iter().map(|i| i.held.size()).sum();
+        let heap = means.baseline.anonymous_since().saturating_sub(inputs);
+        let copies = self
+            .graph
+            .outputs
+            .iter()
+            .filter_map(|&v| self.graph.value(v).ty.tensor()?.size_bytes())
+            .fold(Bytes::ZERO, |sum, size| sum + Bytes(size as u64));
+        Ok((self.graph, self.sources, heap + copies))
+    }
+
+    /// Plans without allocating.
+    pub fn plan_only(self, dimensions: &BTreeMap<String, usize>, means: Means<'_>) -> Outcome<Plan> {
+        let (graph, _, held) = self.prepared(dimensions, &[], means)?;
+        planned(means, held, |options| plan_graph(&graph, options))
+    }
+
+    /// Plans, allocates and loads what stays in memory.
+    pub fn plan(
+        self,
+        dimensions: &BTreeMap<String, usize>,
+        inputs: &[LoadedInput],
+        means: Means<'_>,
+        profile: bool,
+    ) -> Outcome<Planned> {
+        let from_file = self.from_file;
+        let (graph, sources, held) = self.prepared(dimensions, inputs, means)?;
+        let session = planned(means, held, |plan| {
+            Session::new(&graph, sources.clone(), &SessionOptions { plan: plan.clone(), profile })
+        })?;
+        let held = means.pool.reserve("graph, readers and copies of the outputs", held)?;
+        let before = means.pool.used();
+        Ok(Planned { session, sources, from_file, held_before: before, _held: held, times: Vec::new() })
+    }
+
+    /// What one run costs; `None` where sizes stay unknown.
+    pub fn costs(self, dimensions: &BTreeMap<String, usize>) -> Outcome<Option<Costs>> {
+        let bindings = self.bindings(dimensions, &[]);
+        let symbolic = self.graph.inputs.iter().any(|&id| {
+            let shape = self.graph.value(id).ty.tensor().and_then(|t| t.shape.as_ref());
+            shape.is_none_or(|shape| {
+                shape.iter().any(|dim| match dim {
+                    Dim::Fixed(_) => false,
+                    Dim::Symbol(name) => !dimensions.contains_key(name.as_ref()),
+                    Dim::Unknown(()) => true,
+                })
+            })
+        });
+        if symbolic {
+            return Ok(None);
+        }
+        let mut graph = self.graph;
+        prepare(&mut graph, &bindings, &self.sources, &MemoryPool::unbounded(), &PrepareOptions::default())?;
+        let cost = graph_cost(&graph);
+        let costs = Costs {
+            flops: cost.flops,
+            bytes_read: cost.bytes_read,
+            bytes_written: cost.bytes_written,
+        };
+        Ok(Some(costs))
+    }
+}
+
+/// Plans with what is left of the budget, and tells a refusal in terms of the whole budget.
+fn planned<T>(
+    means: Means<'_>,
+    held: Bytes,
+    plan: impl Fn(&PlanOptions) -> Result<T, EngineError>,
+) -> Outcome<T> {
+    let held = held + means.pool.used();
+    let options = |budget: Option<Bytes>| PlanOptions {
+        budget,
+        threads: means.threads as usize,
+        profile: means.profile.clone(),
+    };
+    let left = means.pool.limit().map(|limit| limit.saturating_sub(held));
+    plan(&options(left)).map_err(|error| match error {
+        EngineError::Budget { smallest, at, holders, .. } => {
+            let whole = smallest + held;
+            let typed = Bytes::mib(whole.0.div_ceil(1 << 20));
+            Failure {
+                exit: Exit::Budget,
+                error: anyhow::anyhow!(
+                    "no plan fits into {}: the smallest budget that does is {whole}, of which {held} are the graph, \
+                     the inputs and copies of the outputs; in the way at node {at:?} are {holders}",
+                    means.pool.limit().unwrap_or_default()
+                ),
+                hint: Some(format!("--memory {}MiB", typed.0 >> 20)),
+            }
+        }
+        other => other.into(),
+    })
+}
+
+/// A model that is planned, loaded and ready to run.
+pub struct Planned {
+    session: Session,
+    sources: Vec<Arc<dyn ByteSource>>,
+    from_file: bool,
+    held_before: Bytes,
+    _held: Reservation,
+    times: Vec<SpanTotal>,
+}
+
+struct Inputs<'a>(&'a [LoadedInput]);
+
+impl Inputs<'_> {
+    fn find(&self, name: &str) -> Result<&RuntimeValue, String> {
+        self.0.iter().find(|i| i.name == name).map(|i| &i.value).ok_or_else(|| "is missing".to_owned())
+    }
+}
+
+impl Feed for Inputs<'_> {
+    fn fill(&mut self, name: &str, ty: &TensorType, target: &mut [u8]) -> Result<(), String> {
+        match self.find(name)? {
+            RuntimeValue::Tensor(tensor) if tensor.tensor_type() == *ty => {
+                target.copy_from_slice(tensor.as_bytes());
+                Ok(())
+            }
+            other => Err(format!("has type {}, but the plan was made for {ty}", other.value_type())),
+        }
+    }
+
+    fn value(&mut self, name: &str, _ty: &ValueType) -> Result<RuntimeValue, String> {
+        self.find(name).cloned()
+    }
+}
+
+impl Planned {
+    /// Runs once; the outputs by name, in the model's order.
+    pub fn run(&mut self, inputs: &[LoadedInput]) -> Outcome<Vec<(String, RuntimeValue)>> {
+        let mut outputs = Vec::new();
+        let report = self.session.run(&mut Inputs(inputs), &mut |name, view| {
+            outputs.push((name.to_owned(), view.to_value()));
+            Ok(())
+        })?;
+        for (instruction, seconds) in self.session.plan().instructions.iter().zip(&report.instruction_seconds)
+        {
+            self.times.push(SpanTotal {
+                name: format!("{} ({})", instruction.name, instruction.op),
+                count: 1,
+                total: *seconds,
+                min: *seconds,
+                max: *seconds,
+                bytes: Bytes::ZERO,
+            });
+        }
+        Ok(outputs)
+    }
+
+    /// The instruction set of the kernels.
+    pub fn isa(&self) -> String {
+        Isa::best().name().to_owned()
+    }
+
+    /// Everything that is planned: what the session holds and what is held beside it.
+    pub fn planned(&self) -> Bytes {
+        self.session.plan().predicted_peak + self.held_before
+    }
+
+    /// Predicted time of one run.
+    pub fn predicted_seconds(&self) -> Option<Seconds> {
+        Some(self.session.plan().predicted_seconds)
+    }
+
+    /// The peak of our own count, inside and beside the session.
+    pub fn pool_peak(&self) -> Bytes {
+        self.session.memory().peak() + self.held_before
+    }
+
+    /// Bytes read so far, by tier.
+    pub fn bytes_read_by_tier(&self) -> BTreeMap<String, Bytes> {
+        let read: Bytes = self.sources.iter().map(|s| s.bytes_read()).sum();
+        let tier = if self.from_file { Tier::Ssd } else { Tier::Ram };
+        if read == Bytes::ZERO { BTreeMap::new() } else { BTreeMap::from([(tier.name().to_owned(), read)]) }
+    }
+
+    /// The planner's decisions as the receipt tells them.
+    pub fn plan_summary(&self) -> PlanSummary {
+        let plan = self.session.plan();
+        let steps = |technique: &str| -> Vec<PlanStep> {
+            plan.decisions
+                .iter()
+                .filter(|d| d.technique == technique)
+                .map(|d| PlanStep { what: d.what.clone(), bytes: d.bytes, why: d.why.clone() })
+                .collect()
+        };
+        let why = steps("stream").first().map_or(String::new(), |step| step.why.clone());
+        let streamed: Vec<PlanStep> = plan
+            .weights
+            .iter()
+            .filter(|w| w.streamed_at.is_some())
+            .map(|w| PlanStep { what: w.name.clone(), bytes: w.stored, why: why.clone() })
+            .chain(steps("rows from the file"))
+            .collect();
+        let (split, recomputed) = (steps("stripes"), steps("recompute"));
+        let parts: Vec<&str> = [
+            (!streamed.is_empty(), "weights streamed"),
+            (!split.is_empty(), "layers split into stripes"),
+            (!recomputed.is_empty(), "tensors recomputed"),
+        ]
+        .into_iter()
+        .filter_map(|(used, name)| used.then_some(name))
+        .collect();
+        PlanSummary {
+            strategy: if parts.is_empty() { "resident".to_owned() } else { parts.join(", ") },
+            arena_bytes: plan.arena,
+            arena_lower_bound_bytes: plan.arena_lower_bound,
+            weights_resident_bytes: plan
+                .weights
+                .iter()
+                .filter(|w| w.streamed_at.is_none())
+                .map(|w| w.size)
+                .sum(),
+            peak_at: plan.instructions.get(plan.peak_at).map_or(String::new(), |i| i.name.clone()),
+            streamed,
+            split,
+            recomputed,
+        }
+    }
+
+    /// The time of every instruction of every profiled run.
+    pub fn node_times(&self) -> Vec<SpanTotal> {
+        self.times.clone()
+    }
+}
