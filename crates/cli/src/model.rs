@@ -262,11 +262,8 @@ impl Model {
         let mut graph = self.graph;
         prepare(&mut graph, &bindings, &self.sources, &MemoryPool::unbounded(), &PrepareOptions::default())?;
         let cost = graph_cost(&graph);
-        let costs = Costs {
-            flops: cost.flops,
-            bytes_read: cost.bytes_read,
-            bytes_written: cost.bytes_written,
-        };
+        let costs =
+            Costs { flops: cost.flops, bytes_read: cost.bytes_read, bytes_written: cost.bytes_written };
         Ok(Some(costs))
     }
 }

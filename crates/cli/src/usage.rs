@@ -12,7 +12,6 @@ use std::collections::BTreeMap;
 #[derive(Clone, Copy, Debug)]
 pub struct Baseline {
     anonymous: Option<Bytes>,
-    resident: Option<Bytes>,
     faults: Option<process::PageFaults>,
     cpu: Option<Seconds>,
 }
@@ -21,12 +20,7 @@ impl Baseline {
     /// Reads the kernel's counts; call it first thing.
     pub fn now() -> Baseline {
         let memory = process::memory();
-        Baseline {
-            anonymous: memory.anonymous,
-            resident: memory.resident,
-            faults: process::page_faults(),
-            cpu: process::cpu_time(),
-        }
+        Baseline { anonymous: memory.anonymous, faults: process::page_faults(), cpu: process::cpu_time() }
     }
 
     /// Heap that came since: what readers and optimizers left behind.
@@ -35,24 +29,29 @@ impl Baseline {
         now.zip(self.anonymous).map_or(Bytes::ZERO, |(now, then)| now.saturating_sub(then))
     }
 
-    /// The fixed cost as assumed before a run: what `lighter doctor` measured, else what is held now.
-    pub fn fixed_cost_assumed(&self, profile: &MachineProfile) -> Bytes {
-        match profile.source {
+    /// The fixed cost as assumed just before a run: what `lighter doctor` measured, and at least the code that is
+    /// resident already.
+    pub fn fixed_cost_assumed(&self, profile: &MachineProfile, not_code: Bytes) -> Bytes {
+        let measured = match profile.source {
             ProfileSource::Measured => profile.fixed_cost_bytes,
-            ProfileSource::Default => self.resident.unwrap_or(profile.fixed_cost_bytes),
-        }
+            ProfileSource::Default => Bytes::ZERO,
+        };
+        measured.max(self.fixed_cost_now(not_code).unwrap_or(profile.fixed_cost_bytes))
+    }
+
+    /// Code pages that are resident, and what was held before anything was read.
+    fn fixed_cost_now(&self, not_code: Bytes) -> Option<Bytes> {
+        let (binary, anonymous) = process::binary_resident().zip(self.anonymous)?;
+        Some(binary.saturating_sub(not_code) + anonymous)
     }
 
     /// The kernel's and the clock's counts up to now. `not_code` are bytes of the program file that are data of this
     /// run (an embedded model) and so belong to the budget, not to the fixed cost.
     pub fn measured(&self, seconds: Seconds, load_seconds: Option<Seconds>, not_code: Bytes) -> Measured {
-        let fixed = process::binary_resident()
-            .zip(self.anonymous)
-            .map(|(binary, anonymous)| binary.saturating_sub(not_code) + anonymous);
         let faults = process::page_faults().zip(self.faults);
         Measured {
             peak_resident_bytes: process::memory().peak_resident,
-            fixed_bytes: fixed,
+            fixed_bytes: self.fixed_cost_now(not_code),
             peak_beyond_fixed_bytes: None,
             pool_peak_bytes: None,
             cgroup_peak_bytes: cgroup::memory().and_then(|group| group.peak),

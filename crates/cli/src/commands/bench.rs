@@ -55,6 +55,8 @@ pub fn run(arguments: &BenchArguments, output: Output) -> Outcome {
     let mut session = model.plan(&dimensions, &inputs, means, false)?;
     let load_seconds = load.elapsed();
 
+    // Before the first run, so that it is a prediction.
+    let fixed_assumed = baseline.fixed_cost_assumed(&profile, source.embedded_bytes());
     let progress = output.progress(u64::from(arguments.warmup) + u64::from(arguments.runs));
     for _ in 0..arguments.warmup {
         session.run(&inputs)?;
@@ -90,7 +92,7 @@ pub fn run(arguments: &BenchArguments, output: Output) -> Outcome {
         threads,
         memory: resources.memory,
         planned: session.planned(),
-        fixed_assumed: baseline.fixed_cost_assumed(&profile),
+        fixed_assumed,
         predicted_seconds: session.predicted_seconds(),
         measured,
         bytes_read_by_tier: session.bytes_read_by_tier(),

@@ -101,6 +101,7 @@ pub fn run(arguments: &RunArguments, output: Output) -> Outcome {
     let load_seconds = load.elapsed();
 
     progress.set_message("running");
+    let fixed_assumed = baseline.fixed_cost_assumed(&profile, source.embedded_bytes());
     let energy = EnergyMeter::start(arguments.receipt.energy_model.map(energy_model));
     let watch = Stopwatch::start();
     let outputs = session.run(&inputs)?;
@@ -172,7 +173,7 @@ pub fn run(arguments: &RunArguments, output: Output) -> Outcome {
         threads,
         memory: resources.memory,
         planned: session.planned(),
-        fixed_assumed: baseline.fixed_cost_assumed(&profile),
+        fixed_assumed,
         predicted_seconds: session.predicted_seconds(),
         measured,
         bytes_read_by_tier: session.bytes_read_by_tier(),
