@@ -5,7 +5,7 @@
     tools/make_assets.py
 
 The photograph is coffee.png of the PyPI package scikit-image==0.22.0, CC0 by its photographer, Rachel Michetti,
-courtesy of Pikolo Espresso Bar; it is scaled to 480x320 and compressed.
+courtesy of Pikolo Espresso Bar; it is scaled to 320x213 and compressed.
 The model is mobilenet_v1_0.5_160_quant.tflite of google-coral's test data (Apache-2.0), converted once by
     python -m tf2onnx.convert --tflite mobilenet_v1_0.5_160_quant.tflite --output mobilenet_v1_0.5_160_quant.onnx --opset 13
 and kept as it came out; its weights are unchanged.
@@ -33,7 +33,7 @@ def main():
             subprocess.run(command, check=True)
             (wheel,) = pathlib.Path(folder).glob("*.whl")
             original = zipfile.ZipFile(wheel).read("skimage/data/coffee.png")
-        image = Image.open(io.BytesIO(original)).convert("RGB").resize((480, 320), Image.LANCZOS)
+        image = Image.open(io.BytesIO(original)).convert("RGB").resize((320, 213), Image.LANCZOS)
         image.save(picture, quality=88, optimize=True)
     labels = (ASSETS / "imagenet_labels.txt").read_text().splitlines()
     session = onnxruntime.InferenceSession(ASSETS / "mobilenet_v1_0.5_160_quant.onnx")

@@ -274,7 +274,7 @@ fn planned<T>(
     held: Bytes,
     plan: impl Fn(&PlanOptions) -> Result<T, EngineError>,
 ) -> Outcome<T> {
-    let held = held + means.pool.used();
+    let held = held + means.pool.used() + UNCOUNTED;
     let options = |budget: Option<Bytes>| PlanOptions {
         budget,
         threads: means.threads as usize,
@@ -298,6 +298,9 @@ fn planned<T>(
         other => other.into(),
     })
 }
+
+/// What threads' stacks and the allocator's rounding take at most, which nothing counts one by one.
+const UNCOUNTED: Bytes = Bytes::kib(192);
 
 /// A model that is planned, loaded and ready to run.
 pub struct Planned {

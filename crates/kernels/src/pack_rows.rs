@@ -178,6 +178,53 @@ mod tests {
     }
 
     #[test]
+    fn bytes_pack_like_the_whole() {
+        use crate::{
+            conv_packed_bytes_len, pack_bytes, pack_bytes_rows, pack_conv_bytes, pack_conv_bytes_rows,
+            packed_bytes_len,
+        };
+        for (k, n) in [(1, 1), (5, 65), (18, 130), (4, 16)] {
+            let w: Vec<u8> = (0..k * n).map(|i| ((i * 7919) % 251) as u8).collect();
+            let (mut whole, mut sums) = (vec![9; packed_bytes_len(k, n)], vec![9; n]);
+            pack_bytes(k, n, &w, false, true, &mut whole, &mut sums);
+            for piece in [1, 3, 64, 1000] {
+                let (mut pieces, mut piece_sums) = (vec![7; packed_bytes_len(k, n)], vec![7; n]);
+                for (i, rows) in w.chunks(piece * k).enumerate() {
+                    pack_bytes_rows(k, n, i * piece, rows, false, &mut pieces, &mut piece_sums);
+                }
+                assert_eq!((&whole, &sums), (&pieces, &piece_sums), "{k} {n} {piece}");
+            }
+        }
+        for (in_c, out_c, kernel, groups) in [(3, 70, [3, 3], 1), (8, 12, [1, 1], 2), (6, 6, [5, 3], 6)] {
+            let shape = ConvShape {
+                in_h: 9,
+                in_w: 9,
+                in_c,
+                out_h: 9,
+                out_w: 9,
+                out_c,
+                kernel,
+                stride: [1, 1],
+                dilation: [1, 1],
+                pads: [1, 1, 1, 1],
+                groups,
+            };
+            let row = in_c / groups * kernel[0] * kernel[1];
+            let w: Vec<u8> = (0..out_c * row).map(|i| ((i * 7919) % 251) as u8).collect();
+            let len = conv_packed_bytes_len(&shape);
+            let (mut whole, mut sums) = (vec![9; len], vec![9; out_c]);
+            pack_conv_bytes(&shape, &w, true, &mut whole, &mut sums);
+            for piece in [1, 5, 1000] {
+                let (mut pieces, mut piece_sums) = (vec![7; len], vec![7; out_c]);
+                for (i, rows) in w.chunks(piece * row).enumerate() {
+                    pack_conv_bytes_rows(&shape, i * piece, rows, true, &mut pieces, &mut piece_sums);
+                }
+                assert_eq!((&whole, &sums), (&pieces, &piece_sums), "{shape:?} {piece}");
+            }
+        }
+    }
+
+    #[test]
     fn convolutions_pack_like_the_whole() {
         for (in_c, out_c, kernel, groups) in
             [(3, 70, [3, 3], 1), (8, 12, [1, 1], 2), (6, 6, [5, 3], 6), (4, 130, [1, 3], 2)]

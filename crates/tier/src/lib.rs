@@ -9,10 +9,12 @@
 //! ```
 //!
 //! Invariants: this crate knows nothing of graphs, tensors or file formats; it moves ranges of bytes. Its only
-//! unsafe code is the arena.
+//! unsafe code is the arena and the call that gives freed memory back.
 
 mod arena;
+mod release;
 mod source;
 
 pub use arena::{ARENA_ALIGNMENT, Arena, ArenaConflict, ArenaRead, ArenaWrite};
+pub use release::release_freed_memory;
 pub use source::{ByteSource, FileSource};

@@ -56,10 +56,40 @@ pub fn run(arguments: &DemoArguments, output: Output) -> Outcome {
     let peak =
         resident.receipt.measured.peak_beyond_fixed_bytes.unwrap_or(resident.receipt.predicted.planned_bytes);
     let mut answers = vec![resident];
+    let mut names = vec!["resident".to_owned()];
+    let mut refusals = Vec::new();
     for (divisor, name) in [(2, "half"), (4, "a quarter")] {
         progress.inc(1);
         progress.set_message(name);
-        answers.push(answer(arguments, folder.path(), Some(Bytes(peak.0 / divisor)))?);
+        let mut budget = Bytes(peak.0 / divisor);
+        loop {
+            match answer(arguments, folder.path(), Some(budget)) {
+                Ok(answer) => {
+                    let share = budget.0 as f64 / peak.0 as f64 * 100.0;
+                    names.push(if budget.0 == peak.0 / divisor {
+                        name.to_owned()
+                    } else {
+                        format!("{share:.0} %")
+                    });
+                    answers.push(answer);
+                    break;
+                }
+                // Refused before it started, or a model so small that planning itself holds more: said below, and
+                // the next larger budget is tried.
+                Err(failure) if matches!(failure.exit, Exit::Budget | Exit::Missed) && budget < peak => {
+                    if budget.0 == peak.0 / divisor {
+                        let why = if failure.exit == Exit::Budget {
+                            "was refused before anything ran: no plan fits"
+                        } else {
+                            "was not held: for a model this small, planning takes more than running"
+                        };
+                        refusals.push(format!("{name} ({budget}) {why}"));
+                    }
+                    budget = Bytes(budget.0 + budget.0 / 16);
+                }
+                Err(failure) => return Err(failure),
+            }
+        }
     }
     progress.finish_and_clear();
 
@@ -73,10 +103,10 @@ pub fn run(arguments: &DemoArguments, output: Output) -> Outcome {
     });
 
     let mut table = Table::new(&["run", ">budget", ">planned", ">measured", ">time", "bits", "plan"]);
-    for (answer, name) in answers.iter().zip(["resident", "half", "quarter"]) {
+    for (answer, name) in answers.iter().zip(&names) {
         let receipt = &answer.receipt;
         table.row([
-            name.to_owned(),
+            name.clone(),
             receipt.budget.memory_bytes.map_or("none".to_owned(), |b| b.to_string()),
             receipt.predicted.planned_bytes.to_string(),
             receipt.measured.peak_beyond_fixed_bytes.map_or("unavailable".to_owned(), |b| b.to_string()),
@@ -89,6 +119,9 @@ pub fn run(arguments: &DemoArguments, output: Output) -> Outcome {
     // Writing to a String cannot fail.
     let _ = writeln!(text, "{} on {}: {said}\n", embedded::MODEL_NAME, embedded::PICTURE_NAME);
     text.push_str(&table.text());
+    for refusal in &refusals {
+        let _ = writeln!(text, "{refusal}");
+    }
     let fixed = answers[0].receipt.measured.fixed_bytes.unwrap_or_default();
     let _ = writeln!(
         text,

@@ -112,7 +112,9 @@ impl<'a> Call<'a> {
                 rms_norm(self.threads, x.len() / n, *n, x, *n, self.optional_f32(1), *epsilon, y, *n);
                 Ok(())
             }
-            Kernel::ByteConv { shape, batch, bytes } => return self.byte_conv(shape, *batch, bytes, outputs),
+            Kernel::ByteConv { shape, batch, bytes, columns } => {
+                return self.byte_conv(shape, *batch, bytes, *columns, outputs);
+            }
             Kernel::ByteMatMul { rows, k, n, bytes } => {
                 return self.byte_matmul(*rows, *k, *n, bytes, outputs);
             }
@@ -272,6 +274,7 @@ impl<'a> Call<'a> {
         shape: &ConvShape,
         batch: usize,
         p: &Bytes8,
+        columns: Columns,
         outputs: &mut [Option<TensorViewMut<'_>>],
     ) -> Result<(), EngineError> {
         let (x, packed, sums, bias, y) = self.byte_operands(conv_packed_bytes_len(shape), outputs)?;
@@ -279,7 +282,8 @@ impl<'a> Call<'a> {
             None => (0..shape.out_h, 0),
             Some(s) => (s.output_rows.clone(), s.input_first_rows[0]),
         };
-        let (image_in, image_out) = (x.len() / batch.max(1), rows.len() * shape.out_w * shape.out_c);
+        let (image_in, image_out) = (x.len() / batch.max(1), rows.len() * shape.out_w * columns.total);
+        let bias = bias.map(|b| &b[columns.first..]);
         for b in 0..batch {
             let input = ByteInput {
                 data: &x[b * image_in..][..image_in],
@@ -288,7 +292,7 @@ impl<'a> Call<'a> {
                 stride: shape.in_c,
             };
             let weights = ByteWeights { packed, sums: &sums[..shape.out_c], zeros: p.w_zeros.as_deref() };
-            let output = byte_output(&mut y[b * image_out..][..image_out], shape.out_c, p);
+            let output = byte_output(&mut y[b * image_out..][columns.first..image_out], columns.total, p);
             conv2d_bytes(self.threads, shape, input, first_row, weights, bias, output, rows.clone());
         }
         Ok(())

@@ -541,7 +541,12 @@ fn lower_byte_conv(graph: &Graph, node: &Node, a: &ConvAttributes) -> Option<Low
     }
     let signed = is_signed_byte(graph, node.input(3))?;
     Some(Lowered {
-        kernel: Kernel::ByteConv { shape, batch: x[0], bytes: Arc::new(bytes) },
+        kernel: Kernel::ByteConv {
+            shape,
+            batch: x[0],
+            bytes: Arc::new(bytes),
+            columns: Columns::all(shape.out_c),
+        },
         packings: vec![(3, Packing::ByteConv { shape, signed })],
         absorbed: vec![1, 2, 4, 5, 6, 7],
         replaced: Vec::new(),

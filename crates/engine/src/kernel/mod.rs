@@ -59,7 +59,7 @@ pub(crate) enum Kernel {
     /// Root-mean-square normalisation over the last axis.
     RmsNorm { rows: usize, n: usize, epsilon: f32 },
     /// 8-bit convolution, channels last, packed weights.
-    ByteConv { shape: ConvShape, batch: usize, bytes: Arc<Bytes8> },
+    ByteConv { shape: ConvShape, batch: usize, bytes: Arc<Bytes8>, columns: Columns },
     /// 8-bit matrix product with packed weights.
     ByteMatMul { rows: usize, k: usize, n: usize, bytes: Arc<Bytes8> },
 }

@@ -83,10 +83,11 @@ impl Packing {
             }
             Packing::Kn { n, .. } => n * F32,
             Packing::Nk { k, .. } => k * F32,
-            // Sums run over whole columns, so these small weights are packed in one piece.
             Packing::ByteConv { shape, .. } => {
-                shape.out_c * shape.kernel[0] * shape.kernel[1] * (shape.in_c / shape.groups)
+                shape.kernel[0] * shape.kernel[1] * (shape.in_c / shape.groups)
             }
+            Packing::ByteMatrix { k, transposed: true, .. } => *k,
+            // Sums run over whole columns, so this rare spelling is packed in one piece.
             Packing::ByteMatrix { k, n, .. } => k * n,
         }
     }
@@ -127,12 +128,25 @@ impl Packing {
             ),
             Packing::ByteConv { shape, signed } => {
                 let (panels, sums) = target.split_at_mut(self.sums_at());
-                lightering_kernels::pack_conv_bytes(
+                lightering_kernels::pack_conv_bytes_rows(
                     shape,
+                    row,
                     piece,
                     *signed,
                     bytemuck::cast_slice_mut(panels),
                     &mut bytemuck::cast_slice_mut(sums)[..shape.out_c],
+                );
+            }
+            Packing::ByteMatrix { k, n, signed, transposed: true } => {
+                let (panels, sums) = target.split_at_mut(self.sums_at());
+                lightering_kernels::pack_bytes_rows(
+                    *k,
+                    *n,
+                    row,
+                    piece,
+                    *signed,
+                    bytemuck::cast_slice_mut(panels),
+                    &mut bytemuck::cast_slice_mut(sums)[..*n],
                 );
             }
             Packing::ByteMatrix { k, n, signed, transposed } => {

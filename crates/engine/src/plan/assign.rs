@@ -221,6 +221,8 @@ pub(crate) fn holders_at(program: &Program, at: usize) -> String {
 
 /// Weights below this size are kept before all others: reading one costs more than its bytes.
 const SMALL_WEIGHT: usize = 64 << 10;
+/// Placements tried for one mixture, each with a lower target.
+const PLACEMENT_TRIES_MAX: usize = 8;
 /// How far ahead of its use the reading of a weight may start, in instructions.
 const LEAD_MAX: usize = 64;
 
@@ -254,7 +256,7 @@ fn try_within(
     let uses = weight_uses(program);
     // Fragmentation can cost a little; what the placement exceeds is taken off the target and tried again.
     let mut target = limit;
-    for _ in 0..5 {
+    for _ in 0..PLACEMENT_TRIES_MAX {
         let mut loads = all_streamed(program);
         let fixed: Vec<Request> = activation_requests(program)
             .into_iter()

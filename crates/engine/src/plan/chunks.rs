@@ -5,6 +5,7 @@
 //! the bits stay the same; the operand is read once per chunk.
 
 use std::ops::Range;
+use std::sync::Arc;
 
 use lightering_graph::StoredTensor;
 use lightering_units::Bytes;
@@ -51,9 +52,14 @@ pub(super) fn split(program: &mut Program, largest: usize) -> Option<Decision> {
     })
 }
 
+/// Which operand the weight is.
+fn weight_operand(instruction: &Instruction) -> usize {
+    if matches!(instruction.kernel, Kernel::ByteConv { .. }) { 3 } else { 1 }
+}
+
 /// The packed weight of an instruction: its tensor and itself.
 fn part_weight(program: &Program, instruction: &Instruction) -> Option<(usize, usize)> {
-    let tensor = instruction.inputs.get(1)?.as_ref()?.tensor;
+    let tensor = instruction.inputs.get(weight_operand(instruction))?.as_ref()?.tensor;
     match program.tensors[tensor].storage {
         Storage::Weight(w) => Some((tensor, w)),
         _ => None,
@@ -71,6 +77,7 @@ fn chunks(
     let weight = &program.weights[w];
     let channels = match (&instruction.kernel, &weight.packing) {
         (Kernel::Conv { shape, .. }, Packing::Conv { .. }) if shape.groups == 1 => shape.out_c,
+        (Kernel::ByteConv { shape, .. }, Packing::ByteConv { .. }) if shape.groups == 1 => shape.out_c,
         (Kernel::MatMul { n, .. }, Packing::Nk { .. }) => *n,
         _ => return None,
     };
@@ -107,6 +114,18 @@ fn emit(program: &mut Program, instruction: Instruction, parts: &[Range<usize>],
                 *kernel_n = n;
                 (Packing::Nk { k: *k, n, scale: cut(scale, part) }, channels)
             }
+            (Kernel::ByteConv { shape, bytes, columns, .. }, Packing::ByteConv { signed, .. }) => {
+                *columns = Columns { first: part.start, total: shape.out_c };
+                let channels = shape.out_c;
+                shape.out_c = n;
+                let mut cut = (**bytes).clone();
+                if cut.scale.len() > 1 {
+                    cut.scale = cut.scale[part.clone()].to_vec();
+                }
+                cut.w_zeros = cut.w_zeros.map(|z| z[part.clone()].to_vec());
+                *bytes = Arc::new(cut);
+                (Packing::ByteConv { shape: *shape, signed: *signed }, channels)
+            }
             _ => return out.push(instruction),
         };
         let row_bytes = stored.size.0 / channels as u64;
@@ -131,7 +150,7 @@ fn emit(program: &mut Program, instruction: Instruction, parts: &[Range<usize>],
         chunk_info.dims[0] = n;
         chunk_info.storage = Storage::Weight(index);
         program.tensors.push(chunk_info);
-        copy.inputs[1] = Some(program.whole(program.tensors.len() - 1));
+        copy.inputs[weight_operand(&instruction)] = Some(program.whole(program.tensors.len() - 1));
         let share = n as f64 / channels as f64;
         copy.cost.flops = copy.cost.flops * share;
         copy.cost.bytes_read = Bytes((copy.cost.bytes_read.0 as f64 * share) as u64);

@@ -139,7 +139,7 @@ const BOOKKEEPING_PER_ITEM: usize = 600;
 /// Under a budget no single weight that can be divided takes more than this part of it.
 const CHUNKS_PER_BUDGET: usize = 8;
 /// Smaller chunks cost more requests than they save memory.
-const CHUNK_BYTES_MIN: usize = 128 << 10;
+const CHUNK_BYTES_MIN: usize = 64 << 10;
 /// Stripes are introduced at most so many times.
 const STRIPE_ROUNDS_MAX: usize = 24;
 

@@ -66,6 +66,9 @@ pub(crate) fn place(requests: &[Request]) -> Placement {
         order.sort_by_key(|&i| std::cmp::Reverse(key(&requests[i])));
         orders.push(order);
     };
+    let steps = requests.iter().map(|r| r.live.end() + 1).max().unwrap_or(0);
+    // What stays for the whole run lies at the bottom, where it leaves no gaps; then the largest first.
+    by(&|r| (usize::from(duration(r) == steps), r.size));
     by(&|r| (r.size, duration(r)));
     by(&|r| (duration(r), r.size));
     by(&|r| (r.size.saturating_mul(duration(r)), r.size));

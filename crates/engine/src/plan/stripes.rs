@@ -243,6 +243,7 @@ fn striped(instruction: &Instruction) -> Option<Striped> {
     let mut operands = vec![Rows::Whole; instruction.inputs.len()];
     let rows = match &instruction.kernel {
         Kernel::Conv { columns, shape, .. } if columns.total != shape.out_c => return None,
+        Kernel::ByteConv { columns, shape, .. } if columns.total != shape.out_c => return None,
         Kernel::MatMul { columns, n, .. } if columns.total != *n => return None,
         Kernel::Conv { shape, batch: 1, planes, .. } => {
             if !planes {

@@ -60,33 +60,39 @@ pub fn packed_bytes_len(k: usize, n: usize) -> usize {
     packed_len_runs(1, k, n)
 }
 
-fn pack_runs(
+/// Packs some columns of a `[taps · run, n]` matrix into their places in the panels of the whole; the padding of a panel
+/// is written with its last column.
+fn pack_columns(
     taps: usize,
     run: usize,
     n: usize,
+    columns: Range<usize>,
     out: &mut [i8],
     sums: &mut [i32],
     at: impl Fn(usize, usize, usize) -> i8,
 ) {
     let groups = run.div_ceil(4);
-    let mut rest = out;
-    for column in (0..n).step_by(PANEL) {
-        let columns = PANEL.min(n - column);
-        let width = columns.next_multiple_of(GRAIN);
-        let (panel, tail) = rest.split_at_mut(taps * groups * width * 4);
-        panel.fill(0);
-        for j in 0..columns {
-            let mut sum = 0i32;
-            for tap in 0..taps {
-                for k in 0..run {
-                    let w = at(tap, k, column + j);
-                    panel[((tap * groups + k / 4) * width + j) * 4 + k % 4] = w;
-                    sum = sum.wrapping_add(i32::from(w));
+    for column in columns {
+        let first = column / PANEL * PANEL;
+        let (j, count) = (column - first, PANEL.min(n - first));
+        let width = count.next_multiple_of(GRAIN);
+        let panel = &mut out[first * taps * groups * 4..][..taps * groups * width * 4];
+        let mut sum = 0i32;
+        for tap in 0..taps {
+            for group in 0..groups {
+                let start = (tap * groups + group) * width;
+                let slot = &mut panel[(start + j) * 4..][..4];
+                for (i, to) in slot.iter_mut().enumerate() {
+                    let k = group * 4 + i;
+                    *to = if k < run { at(tap, k, column) } else { 0 };
+                    sum = sum.wrapping_add(i32::from(*to));
+                }
+                if j + 1 == count {
+                    panel[(start + count) * 4..(start + width) * 4].fill(0);
                 }
             }
-            sums[column + j] = sum;
         }
-        rest = tail;
+        sums[column] = sum;
     }
 }
 
@@ -109,8 +115,28 @@ pub fn pack_bytes(
     sums: &mut [i32],
 ) {
     assert!(b.len() >= k * n, "B has {} bytes, {} needed", b.len(), k * n);
-    pack_runs(1, k, n, &mut out[..packed_bytes_len(k, n)], &mut sums[..n], |_, row, column| {
+    pack_columns(1, k, n, 0..n, &mut out[..packed_bytes_len(k, n)], &mut sums[..n], |_, row, column| {
         signed_weight(b[if transposed { column * k + row } else { row * n + column }], signed)
+    });
+}
+
+/// Packs rows `first_row..` of a matrix given transposed, as `[n, k]`, into their places; packing all rows in any
+/// number of pieces gives the same bytes as [`pack_bytes`].
+///
+/// # Panics
+/// Panics when a slice is too short.
+pub fn pack_bytes_rows(
+    k: usize,
+    n: usize,
+    first_row: usize,
+    rows: &[u8],
+    signed: bool,
+    out: &mut [i8],
+    sums: &mut [i32],
+) {
+    let columns = first_row..first_row + rows.len() / k.max(1);
+    pack_columns(1, k, n, columns, &mut out[..packed_bytes_len(k, n)], &mut sums[..n], |_, row, column| {
+        signed_weight(rows[(column - first_row) * k + row], signed)
     });
 }
 
@@ -130,15 +156,34 @@ pub fn conv_packed_bytes_len(shape: &ConvShape) -> usize {
 /// Panics when a slice is too short or the shape is not consistent.
 pub fn pack_conv_bytes(shape: &ConvShape, weights: &[u8], signed: bool, out: &mut [i8], sums: &mut [i32]) {
     shape.check();
+    let row = shape.kernel[0] * shape.kernel[1] * (shape.in_c / shape.groups);
+    assert!(weights.len() >= shape.out_c * row, "{} weights for {shape:?}", weights.len());
+    pack_conv_bytes_rows(shape, 0, &weights[..shape.out_c * row], signed, out, sums);
+}
+
+/// Packs output channels `first_row..` into their places: `rows` holds whole output channels. Packing all of them in any
+/// number of pieces gives the same bytes as [`pack_conv_bytes`].
+///
+/// # Panics
+/// Panics when a slice is too short.
+pub fn pack_conv_bytes_rows(
+    shape: &ConvShape,
+    first_row: usize,
+    rows: &[u8],
+    signed: bool,
+    out: &mut [i8],
+    sums: &mut [i32],
+) {
     let taps = shape.kernel[0] * shape.kernel[1];
     let (run, columns) = (shape.in_c / shape.groups, shape.out_c / shape.groups);
-    assert!(weights.len() >= shape.out_c * run * taps, "{} weights for {shape:?}", weights.len());
+    let row = taps * run;
     let out = &mut out[..conv_packed_bytes_len(shape)];
+    let end = first_row + rows.len() / row.max(1);
     if shape.is_depthwise() {
-        for channel in 0..shape.out_c {
+        for channel in first_row..end {
             let mut sum = 0;
             for tap in 0..taps {
-                let w = signed_weight(weights[channel * taps + tap], signed);
+                let w = signed_weight(rows[(channel - first_row) * taps + tap], signed);
                 out[tap * shape.out_c + channel] = w;
                 sum += i32::from(w);
             }
@@ -148,10 +193,14 @@ pub fn pack_conv_bytes(shape: &ConvShape, weights: &[u8], signed: bool, out: &mu
     }
     let len = packed_len_runs(taps, run, columns);
     for group in 0..shape.groups {
-        let weights = &weights[group * columns * run * taps..];
-        let sums = &mut sums[group * columns..][..columns];
-        pack_runs(taps, run, columns, &mut out[group * len..][..len], sums, |tap, k, column| {
-            signed_weight(weights[(column * run + k) * taps + tap], signed)
+        let first = group * columns;
+        let (low, high) = (first_row.max(first), end.min(first + columns));
+        if low >= high {
+            continue;
+        }
+        let (out, sums) = (&mut out[group * len..][..len], &mut sums[first..][..columns]);
+        pack_columns(taps, run, columns, low - first..high - first, out, sums, |tap, k, column| {
+            signed_weight(rows[(first + column - first_row) * row + k * taps + tap], signed)
         });
     }
 }
