@@ -238,6 +238,7 @@ impl Model {
         let session = planned(means, held, |plan| {
             Session::new(&graph, sources.clone(), &SessionOptions { plan: plan.clone(), profile })
         })?;
+        check_planning(means)?;
         let held = means.pool.reserve("graph, readers and copies of the outputs", held)?;
         let before = means.pool.used();
         Ok(Planned { session, sources, from_file, held_before: before, _held: held, times: Vec::new() })
@@ -296,6 +297,26 @@ fn planned<T>(
             }
         }
         other => other.into(),
+    })
+}
+
+/// Refuses, before anything runs, a budget that reading, optimizing and planning the model have exceeded already: for
+/// very small models they can take more than the run.
+fn check_planning(means: Means<'_>) -> Outcome<()> {
+    let peak = lightering_meter::process::memory().peak_resident;
+    let fixed = means.baseline.fixed_cost_now(Bytes::ZERO);
+    let (Some(limit), Some(peak), Some(fixed)) = (means.pool.limit(), peak, fixed) else { return Ok(()) };
+    let held = peak.saturating_sub(fixed);
+    if held <= limit {
+        return Ok(());
+    }
+    let enough = Bytes(held.0 + held.0 / 4).0.div_ceil(1 << 20);
+    Err(Failure {
+        exit: Exit::Budget,
+        error: anyhow::anyhow!(
+            "preparing and planning the model held {held}, more than the budget of {limit}"
+        ),
+        hint: Some(format!("--memory {enough}MiB")),
     })
 }
 

@@ -40,7 +40,7 @@ impl Baseline {
     }
 
     /// Code pages that are resident, and what was held before anything was read.
-    fn fixed_cost_now(&self, not_code: Bytes) -> Option<Bytes> {
+    pub fn fixed_cost_now(&self, not_code: Bytes) -> Option<Bytes> {
         let (binary, anonymous) = process::binary_resident().zip(self.anonymous)?;
         Some(binary.saturating_sub(not_code) + anonymous)
     }
