@@ -39,6 +39,56 @@ impl Window {
         self.input.iter().product()
     }
 
+    /// Calls `visit` with every input pixel under the window for result position `position`, in row-major order.
+    /// The padding costs nothing, however large the window is.
+    #[inline]
+    pub fn for_pixels(&self, position: usize, mut visit: impl FnMut(usize)) {
+        const RANK_FAST: usize = 8;
+        /// One axis: first pixel, distance between pixels, how many, elements between rows.
+        #[derive(Clone, Copy, Default)]
+        struct Run {
+            first: usize,
+            step: usize,
+            count: usize,
+            stride: usize,
+        }
+        let rank = self.input.len();
+        let (mut fast, mut slow) = ([Run::default(); RANK_FAST], Vec::new());
+        let runs = if rank <= RANK_FAST {
+            &mut fast[..rank]
+        } else {
+            slow.resize(rank, Run::default());
+            &mut slow[..]
+        };
+        let (mut rest, mut stride) = (position, 1);
+        for axis in (0..rank).rev() {
+            let (size, step) = (self.input[axis] as i64, self.dilations[axis] as i64);
+            let origin = (rest % self.output[axis] * self.strides[axis]) as i64 - self.pads[axis];
+            rest /= self.output[axis];
+            let skipped = if origin < 0 { (-origin + step - 1) / step } else { 0 };
+            let end = if origin < size { (size - origin + step - 1) / step } else { 0 };
+            let count = end.min(self.kernel[axis] as i64) - skipped;
+            if count <= 0 {
+                return;
+            }
+            let first = (origin + skipped * step) as usize;
+            runs[axis] = Run { first, step: step as usize, count: count as usize, stride };
+            stride *= self.input[axis];
+        }
+        let Some((inner, outer)) = runs.split_last() else { return visit(0) };
+        let rows: usize = outer.iter().map(|r| r.count).product();
+        for row in 0..rows {
+            let (mut rest, mut at) = (row, inner.first);
+            for run in outer.iter().rev() {
+                at += (run.first + rest % run.count * run.step) * run.stride;
+                rest /= run.count;
+            }
+            for k in 0..inner.count {
+                visit(at + k * inner.step);
+            }
+        }
+    }
+
     /// Input pixel under tap `tap` of the window for result position `position`, or `None` in the padding.
     #[inline]
     pub fn pixel(&self, position: usize, tap: usize) -> Option<usize> {

@@ -70,7 +70,9 @@ pub fn pooling(
 
 fn run<S: Real>(pool: &ThreadPool, shape: &PoolingShape, x: &[S], y: &mut [S], indices: Option<&mut [i64]>) {
     let window = &shape.window;
-    let (positions, pixels, taps) = (window.positions(), window.pixels(), window.taps());
+    let (positions, pixels) = (window.positions(), window.pixels());
+    // Elements of a window that can lie on the input, which says how much work one result is.
+    let taps = window.kernel.iter().zip(&window.input).fold(1usize, |n, (&k, &i)| n.saturating_mul(k.min(i)));
     let of = <S::C as RealCompute>::of;
     let indices = indices.map(SharedResult::new);
     parallel_parts(pool, y, (16 << 10) / taps.clamp(1, 1024), &|start, part| {
@@ -90,16 +92,15 @@ fn run<S: Real>(pool: &ThreadPool, shape: &PoolingShape, x: &[S], y: &mut [S], i
                     (sample * shape.channels + channel) * pixels + pixel
                 }
             };
-            let visible = (0..taps).filter_map(|tap| window.pixel(position, tap));
             match shape.kind {
                 Pooling::Max => {
                     let mut best: Option<(usize, S)> = None;
-                    for pixel in visible {
+                    window.for_pixels(position, |pixel| {
                         let value = x[place(pixel)];
                         if best.is_none_or(|(_, b)| value.up() > b.up() || value.up().is_nan()) {
                             best = Some((pixel, value));
                         }
-                    }
+                    });
                     *out = best.map_or(S::down(of(f64::NEG_INFINITY)), |(_, v)| v);
                     if let (Some(indices), Some((pixel, _))) = (&indices, best) {
                         let pixel =
@@ -111,10 +112,10 @@ fn run<S: Real>(pool: &ThreadPool, shape: &PoolingShape, x: &[S], y: &mut [S], i
                 }
                 Pooling::Average => {
                     let (mut sum, mut count) = (of(0.0), 0usize);
-                    for pixel in visible {
+                    window.for_pixels(position, |pixel| {
                         sum += x[place(pixel)].up();
                         count += 1;
-                    }
+                    });
                     if shape.count_include_pad {
                         count = padded_count(shape, position);
                     }
@@ -122,14 +123,14 @@ fn run<S: Real>(pool: &ThreadPool, shape: &PoolingShape, x: &[S], y: &mut [S], i
                 }
                 Pooling::Lp(p) => {
                     let mut sum = of(0.0);
-                    for pixel in visible {
+                    window.for_pixels(position, |pixel| {
                         let v = x[place(pixel)].up().abs();
                         sum += match p {
                             1 => v,
                             2 => v * v,
                             _ => v.powf(of(p as f64)),
                         };
-                    }
+                    });
                     *out = S::down(match p {
                         1 => sum,
                         2 => sum.sqrt(),
@@ -159,7 +160,9 @@ pub(super) fn padded_count(shape: &PoolingShape, mut position: usize) -> usize {
         position /= w.output[axis];
         let first = (o * w.strides[axis]) as i64 - w.pads[axis];
         let end = w.input[axis] as i64 + shape.pads_end[axis];
-        count *= (0..w.kernel[axis]).filter(|&k| first + ((k * w.dilations[axis]) as i64) < end).count();
+        let step = w.dilations[axis] as i64;
+        let inside = ((end - first + step - 1) / step).clamp(0, w.kernel[axis] as i64);
+        count *= inside as usize;
     }
     count
 }

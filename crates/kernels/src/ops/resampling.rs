@@ -384,7 +384,7 @@ pub fn grid_sample(
                             Outside::Border => i.clamp(0.0, size - 1.0),
                             Outside::Reflection => reflect(i, low, high),
                         };
-                        (i >= 0.0 && i < size).then_some(i as usize * step)
+                        (i >= 0.0 && i < size).then(|| i as usize * step)
                     };
                     let whole = v.floor();
                     let ratio = v - whole;

@@ -393,3 +393,25 @@ fn top_k_orders_ties_and_nan() {
     assert_eq!(run(true), [1, 2, 3, 0]);
     assert_eq!(run(false), [4, 5, 6, 0]);
 }
+
+#[test]
+fn pixels_under_a_window_are_those_of_its_taps() {
+    for (pads, dilations, strides) in
+        [([2, 0], [1, 2], [1, 2]), ([-1, 3], [2, 1], [2, 3]), ([5, 0], [3, 1], [2, 1])]
+    {
+        let window = Window {
+            input: vec![6, 5],
+            output: vec![4, 3],
+            kernel: vec![3, 2],
+            strides: strides.to_vec(),
+            dilations: dilations.to_vec(),
+            pads: pads.to_vec(),
+        };
+        for position in 0..window.positions() {
+            let expected: Vec<usize> = (0..window.taps()).filter_map(|t| window.pixel(position, t)).collect();
+            let mut seen = Vec::new();
+            window.for_pixels(position, |p| seen.push(p));
+            assert_eq!(seen, expected, "{window:?} at {position}");
+        }
+    }
+}
