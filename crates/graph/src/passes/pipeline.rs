@@ -1,9 +1,38 @@
 use super::{
-    ActivationFusion, AttentionFusion, BatchNormFusion, ElementwiseFusion, EpilogueFusion, LayoutChoice,
-    NormalizationFusion, QuantizedFusion, Simplify,
+    ActivationFusion, AttentionFusion, BatchNormFusion, CommonSubexpression, DeadCode, ElementwiseFusion,
+    EpilogueFusion, Fold, LayoutChoice, NormalizationFusion, QuantizedFusion, Simplify,
 };
 use crate::infer::{Fact, infer_node};
-use crate::{Evaluate, Graph, GraphError, Pass};
+use crate::{Evaluate, Graph, GraphError, Node, Op, Pass, StoredTensor, Tensor, TensorType};
+
+/// Folds everything but what quantised operators are recognised by.
+struct KeepQuantized<'a>(&'a dyn Evaluate);
+
+impl Evaluate for KeepQuantized<'_> {
+    fn evaluate(&self, node: &Node, inputs: &[Option<&Tensor>]) -> Result<Option<Vec<Tensor>>, GraphError> {
+        match node.op {
+            Op::DequantizeLinear(_) | Op::QuantizeLinear(_) => Ok(None),
+            _ => self.0.evaluate(node, inputs),
+        }
+    }
+
+    fn load(&self, stored: &StoredTensor, ty: &TensorType) -> Result<Option<Tensor>, GraphError> {
+        self.0.load(stored, ty)
+    }
+}
+
+/// [`Fold`] that owns its evaluator.
+struct FoldAround<'a>(KeepQuantized<'a>);
+
+impl Pass for FoldAround<'_> {
+    fn name(&self) -> &'static str {
+        Fold::new(&self.0).name()
+    }
+
+    fn run(&self, graph: &mut Graph) -> Result<usize, GraphError> {
+        Fold::new(&self.0).run(graph)
+    }
+}
 
 /// What one pass has done in one run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -32,16 +61,28 @@ impl<'a> Pipeline<'a> {
     /// All passes, for a graph whose shapes are known.
     pub fn standard(evaluate: &'a dyn Evaluate) -> Pipeline<'a> {
         let spellings: Vec<Box<dyn Pass + 'a>> = vec![
+            Box::new(FoldAround(KeepQuantized(evaluate))),
+            Box::new(DeadCode),
+            Box::new(CommonSubexpression),
             Box::new(Simplify),
             Box::new(BatchNormFusion { evaluate }),
             Box::new(QuantizedFusion { evaluate }),
             Box::new(ActivationFusion),
             Box::new(NormalizationFusion),
         ];
-        let operators: Vec<Box<dyn Pass + 'a>> =
-            vec![Box::new(AttentionFusion), Box::new(EpilogueFusion { evaluate }), Box::new(Simplify)];
-        let order: Vec<Box<dyn Pass + 'a>> = vec![Box::new(LayoutChoice), Box::new(Simplify)];
-        let chains: Vec<Box<dyn Pass + 'a>> = vec![Box::new(ElementwiseFusion)];
+        let operators: Vec<Box<dyn Pass + 'a>> = vec![
+            Box::new(Fold::new(evaluate)),
+            Box::new(AttentionFusion),
+            Box::new(EpilogueFusion { evaluate }),
+            Box::new(Simplify),
+        ];
+        let order: Vec<Box<dyn Pass + 'a>> = vec![
+            Box::new(LayoutChoice),
+            Box::new(Simplify),
+            Box::new(Fold::new(evaluate)),
+            Box::new(CommonSubexpression),
+        ];
+        let chains: Vec<Box<dyn Pass + 'a>> = vec![Box::new(ElementwiseFusion), Box::new(DeadCode)];
         Pipeline {
             stages: vec![spellings, operators, order, chains],
             stop_after: None,
