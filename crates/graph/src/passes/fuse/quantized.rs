@@ -273,7 +273,11 @@ impl QuantizedFusion<'_> {
         let node = e.node(maker);
         let Op::MatMul(attributes) = &node.op else { return Ok(()) };
         let mut attributes = attributes.clone();
-        if attributes.activation.is_some() || attributes.alpha != 1.0 || node.inputs.len() > 3 {
+        if attributes.activation.is_some()
+            || attributes.trans_a
+            || attributes.alpha != 1.0
+            || node.inputs.len() > 3
+        {
             return Ok(());
         }
         let bias = bias.or(node.input(2));
