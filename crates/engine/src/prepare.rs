@@ -2,8 +2,8 @@
 
 use std::sync::Arc;
 
-use lightering_graph::passes::{CommonSubexpression, DeadCode, Fold, INLINE_MAX, PassReport, Pipeline};
-use lightering_graph::{Evaluate, Graph, GraphError, Node, Op, Pass, Tensor, TensorType, ValueId};
+use lightering_graph::passes::{PassReport, Pipeline};
+use lightering_graph::{Graph, Tensor, TensorType, ValueId};
 use lightering_meter::MemoryPool;
 use lightering_tier::ByteSource;
 
@@ -28,18 +28,6 @@ pub struct PrepareOptions {
     pub stop_after: Option<String>,
 }
 
-/// Folds everything but the dequantisation of constants, which is half of a pattern that 8-bit fusion looks for.
-struct KeepQuantized<'a>(&'a Evaluator);
-
-impl Evaluate for KeepQuantized<'_> {
-    fn evaluate(&self, node: &Node, inputs: &[Option<&Tensor>]) -> Result<Option<Vec<Tensor>>, GraphError> {
-        match node.op {
-            Op::DequantizeLinear(_) => Ok(None),
-            _ => self.0.evaluate(node, inputs),
-        }
-    }
-}
-
 /// Binds the inputs and rewrites the graph into the form that the kernels want. Returns what each pass did.
 ///
 /// # Errors
@@ -56,11 +44,6 @@ pub fn prepare(
         graph.bind_value(*input, tensor.clone())?;
     }
     let evaluator = Evaluator::new(memory.clone(), sources.to_vec());
-    // Shapes first: the rewrites want to know them all. Weights stay quantised until the rewrites have seen that.
-    let quantized = KeepQuantized(&evaluator);
-    Fold { evaluate: &quantized, inline_max: INLINE_MAX }.run(graph)?;
-    DeadCode.run(graph)?;
-    CommonSubexpression.run(graph)?;
     let mut pipeline = Pipeline::standard(&evaluator);
     for name in &options.without {
         pipeline = pipeline.without(name);
@@ -69,8 +52,6 @@ pub fn prepare(
         pipeline = pipeline.stop_after(name.clone());
     }
     let reports = pipeline.run(graph)?;
-    Fold { evaluate: &evaluator, inline_max: INLINE_MAX }.run(graph)?;
-    DeadCode.run(graph)?;
     graph.compact();
     graph.infer()?;
     graph.verify()?;
