@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 
+import lighter
 import measure
 import onnx
 import tables
@@ -46,12 +47,16 @@ def run_engine(engine, root):
     with tempfile.TemporaryDirectory() as folder:
         file = pathlib.Path(folder) / "report.json"
         if engine == "lighter":
-            command = [str(measure.LIGHTER), "conformance", "--onnx", str(root), "--json"]
+            command = [str(measure.LIGHTER), "conformance", "--onnx", str(root), "--json", "--quiet"]
             # Exit code 1 says that some case missed, which is what is being counted.
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode not in (0, 1):
                 raise SystemExit(f"lighter conformance: {done.stderr[-500:]}")
-            return json.loads(done.stdout)
+            report = json.loads(done.stdout)
+            for case in report["cases"]:
+                case["suite"], _, case["name"] = case["name"].partition("/")
+                case["detail"] = case["reason"]
+            return report | {"version": lighter.version()}
         command = [*measure.PROGRAMS[engine], "conformance", "--onnx", str(root), "--timeout", "30", "--json", str(file)]
         subprocess.run(command, check=True)
         return json.loads(file.read_text())

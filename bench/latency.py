@@ -30,7 +30,7 @@ TOLERANCE = 1e-4
 
 def run(engine, model, threads, warmup, runs, folder):
     if engine == "lighter":
-        return lighter.bench(model, threads, warmup, runs, folder)
+        return lighter.bench(model, threads, warmup, runs)
     return measure.run_peer(engine, model, threads, warmup, runs, folder)
 
 

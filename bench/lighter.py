@@ -1,6 +1,8 @@
 """`lighter` under measurement: its fixed command line (`lighter run`, `lighter bench`, `lighter doctor`) and its receipt."""
 
+import functools
 import json
+import os
 import pathlib
 import subprocess
 import tempfile
@@ -9,7 +11,15 @@ import time
 import measure
 import numpy as np
 
-NPY_NAME = str.maketrans({c: "_" for c in '/\\:*?"<>|'})
+
+@functools.cache
+def version():
+    return measure.text([str(measure.LIGHTER), "--version"]).split()[-1]
+
+
+def file_name(name):
+    """How `lighter` turns the name of an output into the name of a file."""
+    return "".join(c if c.isalnum() or c in ".-_" else "_" for c in name).lstrip(".") or "output"
 
 
 def refused(done):
@@ -18,14 +28,10 @@ def refused(done):
 
 
 def read_outputs(folder, model):
-    """Outputs in the graph's order; a name that is no file name has its separators replaced."""
+    """Outputs in the graph's order."""
     outputs = []
     for name in measure.output_names(model):
-        candidates = [folder / f"{name}.npy", folder / f"{name.translate(NPY_NAME)}.npy"]
-        file = next((c for c in candidates if c.exists()), None)
-        if file is None:
-            return []
-        outputs.append(np.load(file))
+        outputs.append(np.load(folder / f"{file_name(name)}.npy"))
     return outputs
 
 
@@ -36,10 +42,20 @@ def input_arguments(model):
     return arguments
 
 
-def bench(model, threads, warmup, runs, folder):
-    """One process of `lighter bench`, in the form of a peer's report; outputs come from one `lighter run`."""
+@functools.cache
+def outputs(model, threads):
+    """What `lighter run` answers; it is the same in every round."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [str(measure.LIGHTER), "run", str(measure.model_path(model)), *input_arguments(model), "--threads",
+                   str(threads), "--output-dir", folder, "--quiet"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+        return read_outputs(pathlib.Path(folder), model) if done.returncode == 0 else []
+
+
+def bench(model, threads, warmup, runs):
+    """One process of `lighter bench`, in the form of a peer's report."""
     command = [str(measure.LIGHTER), "bench", str(measure.model_path(model)), *input_arguments(model), "--threads",
-               str(threads), "--warmup", str(warmup), "--runs", str(runs), "--output-dir", str(folder), "--json"]
+               str(threads), "--warmup", str(warmup), "--runs", str(runs), "--json", "--quiet"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     except subprocess.TimeoutExpired:
@@ -47,21 +63,19 @@ def bench(model, threads, warmup, runs, folder):
     if done.returncode != 0:
         return refused(done)
     report = json.loads(done.stdout)
+    measured = report["receipt"]["measured"]
     return {
-        "version": report.get("version", "unknown"), "run_seconds": report["run_seconds"],
-        "load_seconds": report.get("load_seconds"), "cpu_seconds_per_run": report.get("cpu_seconds_per_run"),
-        "peak_resident_bytes": report["peak_resident_bytes"], "fixed_resident_bytes": report.get("fixed_resident_bytes"),
-        "outputs": read_outputs(pathlib.Path(folder), model),
+        "version": version(), "run_seconds": report["seconds"], "load_seconds": measured["load_seconds"],
+        "peak_resident_bytes": measured["peak_resident_bytes"], "fixed_resident_bytes": measured["fixed_bytes"],
+        "predicted_seconds": report["receipt"]["predicted"]["seconds"], "outputs": outputs(model, threads),
     }
 
 
 def doctor_fixed_bytes():
     """The fixed cost of the program as `lighter doctor` states it, or None."""
-    done = subprocess.run([str(measure.LIGHTER), "doctor", "--json"], capture_output=True, text=True, timeout=300)
-    if done.returncode != 0:
-        return None
-    report = json.loads(done.stdout)
-    return report.get("fixed_bytes") or report.get("fixed_resident_bytes")
+    done = subprocess.run([str(measure.LIGHTER), "doctor", "--dry-run", "--fast", "--json"], capture_output=True, text=True,
+                          timeout=300)
+    return json.loads(done.stdout)["fixed_cost_bytes"] if done.returncode == 0 else None
 
 
 def run(model, threads, memory=None, cgroup=None):
@@ -76,7 +90,7 @@ def run(model, threads, memory=None, cgroup=None):
         if cgroup is not None:
             enter = 'for g in $LIGHTER_BENCH_CGROUP; do echo $$ > "$g/cgroup.procs"; done; exec "$@"'
             command = ["sh", "-c", enter, "sh", *command]
-        environment = None if cgroup is None else {**measure.os.environ, "LIGHTER_BENCH_CGROUP": str(cgroup)}
+        environment = None if cgroup is None else {**os.environ, "LIGHTER_BENCH_CGROUP": str(cgroup)}
         start = time.perf_counter()
         with open(folder / "stderr", "w+") as errors:
             process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors, env=environment)

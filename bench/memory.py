@@ -6,7 +6,8 @@
 
 One process per engine and model, one warm-up and one run; the figure is the kernel's VmHWM of the whole process, and, for
 each, the same less what the process held before it opened the model (Python and its libraries for onnxruntime).
-"Planned activations" is `plan.arena_bytes` of lighter's receipt; "weights" are the bytes of the file's initializers.
+"Planned activations" is the arena of lighter's receipt less the weights that lie in it (`plan.arena_bytes` -
+`plan.weights_resident_bytes`); "weights" are the bytes of the file's initializers.
 Writes bench/results/memory.json and renders docs/performance.md.
 """
 
@@ -54,9 +55,10 @@ def main():
                     "fixed_resident_bytes": receipt["measured"]["fixed_bytes"],
                     "load_seconds": receipt["measured"]["load_seconds"],
                 }
-                row["planned_activation_bytes"] = receipt["plan"]["arena_bytes"]
-                row["arena_lower_bound_bytes"] = receipt["plan"]["arena_lower_bound_bytes"]
-                row["bound_bytes"] = int(row["weight_bytes"] * 1.05 + 20e6 + receipt["plan"]["arena_bytes"])
+                plan = receipt["plan"]
+                row["planned_activation_bytes"] = plan["arena_bytes"] - plan["weights_resident_bytes"]
+                row["arena_lower_bound_bytes"] = plan["arena_lower_bound_bytes"] - plan["weights_resident_bytes"]
+                row["bound_bytes"] = int(row["weight_bytes"] * 1.05 + 20e6 + row["planned_activation_bytes"])
                 row["within_bound"] = receipt["measured"]["peak_resident_bytes"] <= row["bound_bytes"]
             else:
                 row["engines"]["lighter"] = {"error": done["message"]}
