@@ -8,6 +8,7 @@ use crate::output::{Output, Table};
 use crate::usage::Baseline;
 use crate::values::{self, LoadedInput};
 use anyhow::Context;
+use lightering_graph::ValueType;
 use lightering_meter::{MachineProfile, MemoryPool};
 use lightering_tier::FileSource;
 use serde::Serialize;
@@ -238,11 +239,16 @@ fn run_case(
             for (index, port) in out_ports.iter().enumerate() {
                 let file = set.join(format!("output_{index}.pb"));
                 let source = FileSource::open(&file).map_err(Failure::from)?;
-                let expected = values::read_pb(&source, &port.ty)?;
                 let (_, actual) = outputs
                     .iter()
                     .find(|(name, _)| *name == port.name)
                     .ok_or_else(|| Failure::input(format!("no output {:?}", port.name), ""))?;
+                // The actual value tells what kind of value the file holds, where the model leaves it open.
+                let ty = match (&port.ty, actual) {
+                    (ValueType::Unknown, actual) => actual.value_type(),
+                    (ty, _) => ty.clone(),
+                };
+                let expected = values::read_pb(&source, &ty)?;
                 let tolerance = Tolerance { relative: arguments.rtol, absolute: arguments.atol };
                 let comparison = values::compare_values(actual, &expected, tolerance);
                 if !comparison.equal {
