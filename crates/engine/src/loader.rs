@@ -118,7 +118,12 @@ impl Loader {
             .name("lighter-loader".to_owned())
             .spawn(move || {
                 while let Ok(w) = queue.recv() {
-                    let result = worker.load(w);
+                    // A panic must reach the run that waits for this weight, or it would wait for ever.
+                    let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| worker.load(w)))
+                        .unwrap_or_else(|_| {
+                            let name = &worker.weights[w].name;
+                            Err(EngineError::Internal(format!("{name}: reading it panicked")))
+                        });
                     let mut state = worker.state();
                     state.under_way -= 1;
                     match result {

@@ -602,7 +602,7 @@ impl Builder<'_> {
         }
         for i in 0..p.instructions.len() {
             let instruction = &p.instructions[i];
-            if !instruction.kernel.works_in_place(&instruction.node.op) {
+            if !instruction.kernel.works_in_place() {
                 continue;
             }
             let (Some(Some(source)), Some(Some(result))) =

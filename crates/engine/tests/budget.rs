@@ -1,7 +1,7 @@
 //! Under a budget the answer has the same bits, and the plan stays inside.
 
 use std::collections::HashMap;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use lightering_engine::{
     Bindings, EngineError, PlanOptions, PrepareOptions, RuntimeValue, Session, SessionOptions, prepare,
@@ -66,8 +66,17 @@ impl Net {
     }
 
     fn session(&self, budget: Option<Bytes>, threads: usize) -> Result<Session, EngineError> {
+        self.session_on(Arc::new(self.store.clone()), budget, threads)
+    }
+
+    fn session_on(
+        &self,
+        store: Arc<dyn ByteSource>,
+        budget: Option<Bytes>,
+        threads: usize,
+    ) -> Result<Session, EngineError> {
         let mut graph = self.graph.clone();
-        let sources: Vec<Arc<dyn ByteSource>> = vec![Arc::new(self.store.clone())];
+        let sources = vec![store];
         let memory = MemoryPool::unbounded();
         prepare(&mut graph, &Bindings::default(), &sources, &memory, &PrepareOptions::default())?;
         let plan = PlanOptions { budget, threads, profile: MachineProfile::conservative() };
@@ -177,6 +186,60 @@ fn a_store_that_ends_early_is_an_error_that_names_the_weight() {
     net.store.truncate(net.store.len() / 2);
     let error = net.session(None, 1).err().unwrap();
     assert!(matches!(error, EngineError::Io { .. }) && error.to_string().contains("\"w"), "{error}");
+}
+
+/// A medium that fails while the switch is on.
+struct Breaking {
+    store: Vec<u8>,
+    fault: Mutex<Option<Fault>>,
+}
+
+#[derive(Clone, Copy)]
+enum Fault {
+    Error,
+    Panic,
+}
+
+impl ByteSource for Breaking {
+    fn len_bytes(&self) -> Bytes {
+        self.store.len_bytes()
+    }
+
+    fn read_at(&self, offset: u64, buffer: &mut [u8]) -> std::io::Result<()> {
+        let fault = *self.fault.lock().unwrap();
+        match fault {
+            None => self.store.read_at(offset, buffer),
+            Some(Fault::Error) => Err(std::io::Error::other("the disk is gone")),
+            Some(Fault::Panic) => panic!("a fault that nobody foresaw"),
+        }
+    }
+
+    fn name(&self) -> String {
+        "breaking".to_owned()
+    }
+}
+
+#[test]
+fn a_fault_of_the_medium_fails_the_run_and_the_session_lives_on() {
+    let net = mobile(64, 16, 4);
+    let mut resident = net.session(None, 1).unwrap();
+    let expected = resident.run_to_values(&mut picture(64)).unwrap();
+    let smallest = match net.session(Some(Bytes::kib(20)), 1) {
+        Err(EngineError::Budget { smallest, .. }) => smallest,
+        other => panic!("{:?}", other.err()),
+    };
+    let store = Arc::new(Breaking { store: net.store.clone(), fault: Mutex::new(None) });
+    let mut session = net.session_on(store.clone(), Some(smallest), 1).unwrap();
+    for fault in [Fault::Error, Fault::Panic] {
+        *store.fault.lock().unwrap() = Some(fault);
+        let error = session.run_to_values(&mut picture(64)).unwrap_err();
+        match fault {
+            Fault::Error => assert!(error.to_string().contains("the disk is gone"), "{error}"),
+            Fault::Panic => assert!(error.to_string().contains("panicked"), "{error}"),
+        }
+        *store.fault.lock().unwrap() = None;
+        assert_eq!(session.run_to_values(&mut picture(64)).unwrap(), expected);
+    }
 }
 
 proptest! {

@@ -41,7 +41,7 @@ mod threads;
 pub use arch::Isa;
 pub use conv::{
     ConvInput, ConvShape, ConvTransposeShape, conv_packed_len, conv_scratch_len, conv_transpose_packed_len,
-    conv_transpose2d, conv2d, pack_conv, pack_conv_transpose,
+    conv_transpose2d, conv2d, pack_conv, pack_conv_transpose, rows_under_window,
 };
 pub use elementwise::{Binary, Operand, Step, elementwise};
 pub use epilogue::{Activation, Epilogue, Residual, activate};

@@ -1,6 +1,7 @@
 //! Pooling, channels last.
 
 use crate::arch::{Kernel, Simd, dispatch};
+use crate::conv::rows_under_window;
 use crate::epilogue::check_rows;
 use crate::threads::ThreadPool;
 use std::ops::Range;
@@ -43,12 +44,7 @@ pub struct PoolShape {
 impl PoolShape {
     /// The input rows that the output rows `rows` read; empty when they read padding alone.
     pub fn input_rows(&self, rows: Range<usize>) -> Range<usize> {
-        if rows.is_empty() || self.in_h == 0 {
-            return 0..0;
-        }
-        let start = (rows.start * self.stride[0]).saturating_sub(self.pads[0]).min(self.in_h);
-        let last = (rows.end - 1) * self.stride[0] + (self.kernel[0] - 1) * self.dilation[0] + 1;
-        start..last.saturating_sub(self.pads[0]).clamp(start, self.in_h)
+        rows_under_window(rows, self.in_h, self.kernel[0], self.stride[0], self.dilation[0], self.pads[0])
     }
 }
 

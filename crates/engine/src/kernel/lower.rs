@@ -6,7 +6,7 @@ use std::sync::Arc;
 use lightering_graph::infer::window::resolve_window;
 use lightering_graph::{
     AttentionAttributes, BinaryOp, ConvAttributes, ElementwiseStep, Graph, Layout, MatMulAttributes, Node,
-    NodeId, Op, PoolAttributes, UnaryOp, ValueId,
+    NodeId, Op, Padding, PoolAttributes, UnaryOp, ValueId,
 };
 use lightering_kernels::{
     AttentionShape, Binary, ConvShape, HeadStrides, PoolShape, attention_scratch_len, conv_scratch_len,
@@ -107,6 +107,25 @@ fn conv_shape(graph: &Graph, node: &Node, a: &ConvAttributes) -> Option<ConvShap
     shape_of(&x, &w, &y, a)
 }
 
+/// One value per spatial axis; ones when none are given.
+fn pair(v: &[usize]) -> [usize; 2] {
+    if v.len() == 2 { [v[0], v[1]] } else { [1, 1] }
+}
+
+/// The padding (top, left, bottom, right) of a window over a channels-last picture; `None` when it crops.
+fn window_pads(
+    x: &[usize],
+    kernel: [usize; 2],
+    stride: [usize; 2],
+    dilation: [usize; 2],
+    padding: &Padding,
+    ceil_mode: bool,
+) -> Option<[usize; 4]> {
+    let window = resolve_window(&x[1..3], &kernel, &stride, &dilation, padding, ceil_mode).ok()?;
+    let pads: Vec<usize> = window.pads.iter().map(|&p| usize::try_from(p).ok()).collect::<Option<_>>()?;
+    pads.try_into().ok()
+}
+
 /// The shape of a channels-last convolution of `x` with weights `w` to `y`; `None` when it is not two-dimensional or
 /// crops.
 fn shape_of(x: &[usize], w: &[usize], y: &[usize], a: &ConvAttributes) -> Option<ConvShape> {
@@ -114,10 +133,8 @@ fn shape_of(x: &[usize], w: &[usize], y: &[usize], a: &ConvAttributes) -> Option
         return None;
     }
     let kernel = [w[2], w[3]];
-    let pair = |v: &[usize]| -> [usize; 2] { if v.len() == 2 { [v[0], v[1]] } else { [1, 1] } };
     let (stride, dilation) = (pair(&a.strides), pair(&a.dilations));
-    let window = resolve_window(&x[1..3], &kernel, &stride, &dilation, &a.padding, false).ok()?;
-    let pads: Vec<usize> = window.pads.iter().map(|&p| usize::try_from(p).ok()).collect::<Option<_>>()?;
+    let pads = window_pads(x, kernel, stride, dilation, &a.padding, false)?;
     Some(ConvShape {
         in_h: x[1],
         in_w: x[2],
@@ -128,7 +145,7 @@ fn shape_of(x: &[usize], w: &[usize], y: &[usize], a: &ConvAttributes) -> Option
         kernel,
         stride,
         dilation,
-        pads: [pads[0], pads[1], pads[2], pads[3]],
+        pads,
         groups: a.groups,
     })
 }
@@ -215,11 +232,9 @@ fn lower_pool(graph: &Graph, node: &Node, a: &PoolAttributes) -> Option<Lowered>
     if a.layout != Layout::ChannelsLast || x.len() != 4 || node.output(1).is_some() {
         return None;
     }
-    let pair = |v: &[usize]| -> [usize; 2] { if v.len() == 2 { [v[0], v[1]] } else { [1, 1] } };
     let kernel = pair(&a.kernel);
     let (stride, dilation) = (pair(&a.strides), pair(&a.dilations));
-    let window = resolve_window(&x[1..3], &kernel, &stride, &dilation, &a.padding, a.ceil_mode).ok()?;
-    let pads: Vec<usize> = window.pads.iter().map(|&p| usize::try_from(p).ok()).collect::<Option<_>>()?;
+    let pads = window_pads(&x, kernel, stride, dilation, &a.padding, a.ceil_mode)?;
     let kind = match a.kind {
         lightering_graph::PoolKind::Max => lightering_kernels::PoolKind::Max,
         // With rounding up, a window may pass the padded end, where ONNX counts differently from the kernel.
@@ -237,7 +252,7 @@ fn lower_pool(graph: &Graph, node: &Node, a: &PoolAttributes) -> Option<Lowered>
         kernel,
         stride,
         dilation,
-        pads: [pads[0], pads[1], pads[2], pads[3]],
+        pads,
     };
     Some(Lowered::generic(Kernel::Pool { shape, batch: x[0], kind }))
 }

@@ -4,7 +4,7 @@ mod call;
 mod lower;
 mod packing;
 
-use lightering_graph::{Op, UnaryOp};
+use lightering_graph::UnaryOp;
 use std::sync::Arc;
 
 use lightering_kernels::{Activation, AttentionShape, Binary, ConvShape, HeadStrides, PoolKind, PoolShape};
@@ -156,7 +156,7 @@ impl Kernel {
     }
 
     /// Fraction of the machine's matrix-product rate that this kernel reaches on arithmetic.
-    pub fn efficiency(&self, _op: &Op) -> f64 {
+    pub fn efficiency(&self) -> f64 {
         match self {
             Kernel::Conv { shape, .. } if shape.is_depthwise() => 0.25,
             Kernel::Conv { shape, .. } if shape.in_c / shape.groups < 8 => 0.4,
@@ -174,7 +174,7 @@ impl Kernel {
     }
 
     /// Whether the first result may take the place of the first operand.
-    pub fn works_in_place(&self, _op: &Op) -> bool {
+    pub fn works_in_place(&self) -> bool {
         matches!(self, Kernel::Activate { .. } | Kernel::Chain { .. })
     }
 }

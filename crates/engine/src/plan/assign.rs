@@ -233,7 +233,7 @@ pub(crate) fn within(program: &Program, limit: usize, rates: &Rates) -> Option<A
     // Several mixtures of "keep as much as possible" and "start reading early"; the timeline decides.
     for staging in [STAGING_BYTES, STAGING_BYTES_MIN] {
         for lead_first in [4usize, 2, 1, 0] {
-            let Some(candidate) = try_within(program, limit, rates, staging, lead_first) else { continue };
+            let Some(candidate) = try_within(program, limit, staging, lead_first) else { continue };
             let seconds = timeline(program, &candidate, rates).total;
             if best.as_ref().is_none_or(|(s, _)| seconds < *s) {
                 best = Some((seconds, candidate));
@@ -246,13 +246,7 @@ pub(crate) fn within(program: &Program, limit: usize, rates: &Rates) -> Option<A
     best.map(|(_, a)| a)
 }
 
-fn try_within(
-    program: &Program,
-    limit: usize,
-    rates: &Rates,
-    staging: usize,
-    lead_first: usize,
-) -> Option<Assignment> {
+fn try_within(program: &Program, limit: usize, staging: usize, lead_first: usize) -> Option<Assignment> {
     let uses = weight_uses(program);
     // Fragmentation can cost a little; what the placement exceeds is taken off the target and tried again.
     let mut target = limit;
@@ -289,7 +283,6 @@ fn try_within(
         let excess = a.placement.total - limit;
         target = target.checked_sub(excess + excess / 4 + 4096)?;
     }
-    let _ = rates;
     None
 }
 

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 
 use super::assign::activation_requests;
 use super::offsets::max_live;
-use crate::program::{Program, Storage};
+use crate::program::{Instruction, Program, Storage};
 
 fn peak(program: &Program) -> usize {
     let requests: Vec<_> = activation_requests(program).into_iter().map(|(_, r)| r).collect();
@@ -73,9 +73,7 @@ fn greedy(program: &Program) -> Option<Vec<usize>> {
     }
     let mut uses_left: HashMap<usize, usize> = HashMap::new();
     for instruction in &program.instructions {
-        let mut buffers: Vec<usize> = program.buffers_of(instruction).collect();
-        buffers.sort_unstable();
-        buffers.dedup();
+        let buffers = distinct_buffers(program, instruction);
         for b in buffers {
             *uses_left.entry(b).or_default() += 1;
         }
@@ -98,9 +96,7 @@ fn greedy(program: &Program) -> Option<Vec<usize>> {
     let mut order = Vec::with_capacity(n);
     while !ready.is_empty() {
         let change = |i: usize| -> isize {
-            let mut buffers: Vec<usize> = program.buffers_of(&program.instructions[i]).collect();
-            buffers.sort_unstable();
-            buffers.dedup();
+            let buffers = distinct_buffers(program, &program.instructions[i]);
             buffers
                 .iter()
                 .map(|&b| {
@@ -114,9 +110,7 @@ fn greedy(program: &Program) -> Option<Vec<usize>> {
         let (position, &i) = ready.iter().enumerate().min_by_key(|&(_, &i)| (change(i), i))?;
         ready.swap_remove(position);
         order.push(i);
-        let mut buffers: Vec<usize> = program.buffers_of(&program.instructions[i]).collect();
-        buffers.sort_unstable();
-        buffers.dedup();
+        let buffers = distinct_buffers(program, &program.instructions[i]);
         for b in buffers {
             alive[b] = true;
             if let Some(left) = uses_left.get_mut(&b) {
@@ -132,4 +126,12 @@ fn greedy(program: &Program) -> Option<Vec<usize>> {
     }
     let changed = order.iter().enumerate().any(|(i, &j)| i != j);
     (changed && order.len() == n).then_some(order)
+}
+
+/// The buffers that an instruction touches, each once.
+fn distinct_buffers(program: &Program, instruction: &Instruction) -> Vec<usize> {
+    let mut buffers: Vec<usize> = program.buffers_of(instruction).collect();
+    buffers.sort_unstable();
+    buffers.dedup();
+    buffers
 }

@@ -31,7 +31,7 @@ impl Rates {
     }
 
     fn instruction(&self, i: &crate::program::Instruction) -> f64 {
-        let efficiency = i.kernel.efficiency(&i.node.op);
+        let efficiency = i.kernel.efficiency();
         let compute = i.cost.flops.0 / (self.flops * efficiency);
         let move_bytes = (i.cost.bytes_read.0 + i.cost.bytes_written.0) as f64 / self.memory;
         compute.max(move_bytes) + CALL_SECONDS

@@ -10,8 +10,9 @@ use std::collections::HashMap;
 use std::ops::Range;
 use std::sync::Arc;
 
+use lightering_graph::infer::window::resolve_window;
 use lightering_graph::{ConvAttributes, Layout, Op, Padding, PoolAttributes};
-use lightering_kernels::{ConvShape, PoolShape};
+use lightering_kernels::{ConvShape, rows_under_window};
 use lightering_units::Bytes;
 
 use super::Decision;
@@ -198,9 +199,7 @@ impl Rows {
             Rows::Whole => None,
             Rows::Same => Some(result.clone()),
             Rows::Window { kernel, stride, dilation, pad, rows } => {
-                let start = (result.start * stride).saturating_sub(pad).min(rows);
-                let last = (result.end - 1) * stride + (kernel - 1) * dilation + 1;
-                Some(start..last.saturating_sub(pad).clamp(start, rows))
+                Some(rows_under_window(result.clone(), rows, kernel, stride, dilation, pad))
             }
         }
     }
@@ -215,23 +214,17 @@ struct Striped {
 }
 
 fn conv_rows(s: &ConvShape) -> Rows {
-    Rows::Window {
-        kernel: s.kernel[0],
-        stride: s.stride[0],
-        dilation: s.dilation[0],
-        pad: s.pads[0],
-        rows: s.in_h,
-    }
+    window_rows(s.kernel, s.stride, s.dilation, s.pads, s.in_h)
 }
 
-fn pool_rows(s: &PoolShape) -> Rows {
-    Rows::Window {
-        kernel: s.kernel[0],
-        stride: s.stride[0],
-        dilation: s.dilation[0],
-        pad: s.pads[0],
-        rows: s.in_h,
-    }
+fn window_rows(
+    kernel: [usize; 2],
+    stride: [usize; 2],
+    dilation: [usize; 2],
+    pads: [usize; 4],
+    rows: usize,
+) -> Rows {
+    Rows::Window { kernel: kernel[0], stride: stride[0], dilation: dilation[0], pad: pads[0], rows }
 }
 
 /// How an instruction splits by rows; `None` when it does not.
@@ -255,7 +248,7 @@ fn striped(instruction: &Instruction) -> Option<Striped> {
             shape.out_h
         }
         Kernel::Pool { shape, batch: 1, .. } => {
-            operands[0] = pool_rows(shape);
+            operands[0] = window_rows(shape.kernel, shape.stride, shape.dilation, shape.pads, shape.in_h);
             shape.out_h
         }
         Kernel::MatMul { rows, .. } => {
@@ -330,8 +323,7 @@ fn striped(instruction: &Instruction) -> Option<Striped> {
             }
             Op::QLinearConv(ConvAttributes { layout: Layout::ChannelsLast, .. })
             | Op::QLinearPool(PoolAttributes { layout: Layout::ChannelsLast, .. }) => {
-                let x = instruction.inputs.first()?.as_ref()?;
-                operands[0] = generic_window(&instruction.node.op, &x.dims, instruction)?;
+                operands[0] = generic_window(instruction)?.0;
                 result.dims[1]
             }
             _ => return None,
@@ -346,83 +338,51 @@ fn row_count(dims: &[usize]) -> Option<usize> {
     dims.iter().copied().find(|&d| d > 1)
 }
 
-/// The window over rows of an operator that goes through the general kernel.
-fn generic_window(op: &Op, x: &[usize], instruction: &Instruction) -> Option<Rows> {
+/// The window of an operator that goes through the general kernel: how its rows follow, and all its padding (top, left,
+/// bottom, right).
+fn generic_window(instruction: &Instruction) -> Option<(Rows, [i64; 4])> {
+    let x = &instruction.inputs.first()?.as_ref()?.dims;
     if x.len() != 4 || x[0] != 1 {
         return None;
     }
-    let (kernel, strides, dilations, padding) = match op {
+    let (kernel, strides, dilations, padding, ceil_mode) = match &instruction.node.op {
         Op::QLinearConv(a) => {
             let w = &instruction.inputs.get(3)?.as_ref()?.dims;
-            (w[2..].to_vec(), &a.strides, &a.dilations, &a.padding)
+            (w[2..].to_vec(), &a.strides, &a.dilations, &a.padding, false)
         }
-        Op::QLinearPool(a) => (a.kernel.clone(), &a.strides, &a.dilations, &a.padding),
+        Op::QLinearPool(a) => (a.kernel.clone(), &a.strides, &a.dilations, &a.padding, a.ceil_mode),
         _ => return None,
     };
-    let at = |v: &[usize]| v.first().copied().unwrap_or(1);
-    let (strides_full, dilations_full): (Vec<usize>, Vec<usize>) = (
-        if strides.is_empty() { vec![1; 2] } else { strides.clone() },
-        if dilations.is_empty() { vec![1; 2] } else { dilations.clone() },
-    );
-    let window = lightering_graph::infer::window::resolve_window(
-        &x[1..3],
-        &kernel,
-        &strides_full,
-        &dilations_full,
-        padding,
-        matches!(op, Op::QLinearPool(a) if a.ceil_mode),
-    )
-    .ok()?;
-    let pad = usize::try_from(window.pads[0]).ok()?;
-    Some(Rows::Window { kernel: kernel[0], stride: at(strides), dilation: at(dilations), pad, rows: x[1] })
+    let pair = |v: &[usize]| if v.is_empty() { vec![1; 2] } else { v.to_vec() };
+    let (strides, dilations) = (pair(strides), pair(dilations));
+    let window = resolve_window(&x[1..3], &kernel, &strides, &dilations, padding, ceil_mode).ok()?;
+    let pads: [i64; 4] = window.pads.try_into().ok()?;
+    let rows = Rows::Window {
+        kernel: kernel[0],
+        stride: strides[0],
+        dilation: dilations[0],
+        pad: usize::try_from(pads[0]).ok()?,
+        rows: x[1],
+    };
+    Some((rows, pads))
 }
 
 /// The operator of one stripe: the same window with the padding that is left at the top and bottom.
-fn stripe_op(
-    op: &Op,
-    x: &[usize],
-    rows: &Range<usize>,
-    given: &Range<usize>,
-    instruction: &Instruction,
-) -> Option<Op> {
-    let Rows::Window { kernel, stride, dilation, pad, .. } = generic_window(op, x, instruction)? else {
+fn stripe_op(instruction: &Instruction, rows: &Range<usize>, given: &Range<usize>) -> Option<Op> {
+    let (Rows::Window { kernel, stride, dilation, pad, .. }, pads) = generic_window(instruction)? else {
         return None;
     };
     let top = (given.start + pad) as i64 - (rows.start * stride) as i64;
     let need = (rows.len() - 1) * stride + (kernel - 1) * dilation + 1;
     let bottom = need as i64 - top - given.len() as i64;
-    let side = |padding: &Padding,
-                kernel: &[usize],
-                strides: &[usize],
-                dilations: &[usize]|
-     -> Option<Padding> {
-        let two = |v: &[usize]| if v.is_empty() { vec![1, 1] } else { v.to_vec() };
-        let window = lightering_graph::infer::window::resolve_window(
-            &x[1..3],
-            kernel,
-            &two(strides),
-            &two(dilations),
-            padding,
-            false,
-        )
-        .ok()?;
-        let right = |w: i64| w;
-        Some(Padding::Explicit(vec![top, right(window.pads[1] as i64), bottom, right(window.pads[3] as i64)]))
-    };
-    let mut op = op.clone();
-    match &mut op {
-        Op::QLinearConv(a) => {
-            let kernel = instruction.inputs.get(3)?.as_ref()?.dims[2..].to_vec();
-            a.padding = side(&a.padding, &kernel, &a.strides, &a.dilations)?;
-        }
-        Op::QLinearPool(a) => {
-            if a.ceil_mode {
-                return None;
-            }
-            a.padding = side(&a.padding, &a.kernel, &a.strides, &a.dilations)?;
-        }
+    let mut op = instruction.node.op.clone();
+    let padding = match &mut op {
+        Op::QLinearConv(a) => &mut a.padding,
+        // Rounding up may let a window pass the end, which explicit padding would not show.
+        Op::QLinearPool(a) if !a.ceil_mode => &mut a.padding,
         _ => return None,
-    }
+    };
+    *padding = Padding::Explicit(vec![top, pads[1], bottom, pads[3]]);
     Some(op)
 }
 
@@ -624,12 +584,10 @@ fn emit(original: &Program, program: &mut Program, split: &Split, segment: &Segm
                 *result = Operand { tensor, dims, bytes: 0..size };
             }
             if matches!(copy.kernel, Kernel::Generic)
-                && let Some(x) = instruction.inputs.first()?.as_ref()
                 && matches!(part.operands.first(), Some(Rows::Window { .. }))
             {
-                let op = stripe_op(&instruction.node.op, &x.dims, &own, &node_rows, instruction)?;
                 let mut node = (*instruction.node).clone();
-                node.op = op;
+                node.op = stripe_op(instruction, &own, &node_rows)?;
                 copy.node = Arc::new(node);
             }
             let share = own.len() as f64 / part.rows as f64;

@@ -43,6 +43,24 @@ pub struct ConvShape {
     pub groups: usize,
 }
 
+/// The input rows, of `in_h`, that the output rows `rows` of a window of `kernel` rows read, with `pad` rows of padding
+/// above; empty when they read padding alone.
+pub fn rows_under_window(
+    rows: Range<usize>,
+    in_h: usize,
+    kernel: usize,
+    stride: usize,
+    dilation: usize,
+    pad: usize,
+) -> Range<usize> {
+    if rows.is_empty() || in_h == 0 {
+        return 0..0;
+    }
+    let start = (rows.start * stride).saturating_sub(pad).min(in_h);
+    let end = (rows.end - 1) * stride + (kernel - 1) * dilation + 1;
+    start..end.saturating_sub(pad).clamp(start, in_h)
+}
+
 impl ConvShape {
     /// Whether every channel is convolved with one kernel of its own.
     pub fn is_depthwise(&self) -> bool {
@@ -62,12 +80,7 @@ impl ConvShape {
 
     /// The input rows that the output rows `rows` read; empty when they read padding alone.
     pub fn input_rows(&self, rows: Range<usize>) -> Range<usize> {
-        if rows.is_empty() || self.in_h == 0 {
-            return 0..0;
-        }
-        let start = (rows.start * self.stride[0]).saturating_sub(self.pads[0]).min(self.in_h);
-        let last = (rows.end - 1) * self.stride[0] + (self.kernel[0] - 1) * self.dilation[0] + 1;
-        start..last.saturating_sub(self.pads[0]).clamp(start, self.in_h)
+        rows_under_window(rows, self.in_h, self.kernel[0], self.stride[0], self.dilation[0], self.pads[0])
     }
 
     pub(crate) fn check(&self) {
