@@ -1,0 +1,54 @@
+use std::fmt::Display;
+
+/// Why a vocabulary, a template or a request cannot be used.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// The input is well-formed, but says something that is not allowed here.
+    #[error("{place}: {what}; expected {expected}")]
+    Invalid {
+        /// Where: a key of the model's metadata, a token, an option.
+        place: String,
+        /// What stands there.
+        what: String,
+        /// What may stand there.
+        expected: String,
+    },
+    /// The input is valid, but asks for something that this program does not implement.
+    #[error("{place}: {what} is not supported")]
+    Unsupported {
+        /// Where: a key of the model's metadata.
+        place: String,
+        /// The feature that is missing.
+        what: String,
+    },
+    /// The input asks for more than a named limit allows.
+    #[error("{place}: {what} is {found}, and the limit is {limit}")]
+    Limit {
+        /// Where the quantity stands.
+        place: String,
+        /// The quantity, with its unit.
+        what: String,
+        /// Its value in the input.
+        found: u64,
+        /// The largest value that is accepted.
+        limit: u64,
+    },
+}
+
+/// The result of every fallible function of this crate.
+pub type Result<T> = std::result::Result<T, Error>;
+
+impl Error {
+    pub(crate) fn invalid(place: impl Display, what: impl Display, expected: impl Display) -> Error {
+        Error::Invalid { place: place.to_string(), what: what.to_string(), expected: expected.to_string() }
+    }
+
+    pub(crate) fn unsupported(place: impl Display, what: impl Display) -> Error {
+        Error::Unsupported { place: place.to_string(), what: what.to_string() }
+    }
+
+    pub(crate) fn limit(place: impl Display, what: impl Display, found: u64, limit: u64) -> Error {
+        Error::Limit { place: place.to_string(), what: what.to_string(), found, limit }
+    }
+}

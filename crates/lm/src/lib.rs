@@ -1,0 +1,26 @@
+//! Language models: tokenizers, chat templates, samplers.
+//!
+//! ```
+//! use lightering_lm::{Tokenizer, VocabularyData};
+//! // A vocabulary of single bytes and one merge, in the byte alphabet of GPT-2.
+//! let mut tokens: Vec<String> = (b'!'..=b'~').map(|b| char::from(b).to_string()).collect();
+//! tokens.extend((0xa1..=0xac).chain(0xae..=0xff).chain(0x100..0x144).map(|c| char::from_u32(c).unwrap().to_string()));
+//! tokens.push("hi".into());
+//! let data = VocabularyData { model: "gpt2".into(), pre: "gpt-2".into(), tokens, merges: vec!["h i".into()],
+//!     ..VocabularyData::default() };
+//! let tokenizer = Tokenizer::new(data).unwrap();
+//! let ids = tokenizer.encode("hi!", false, false).unwrap();
+//! assert_eq!(ids, [256, 0]);
+//! assert_eq!(tokenizer.decode(&ids).unwrap(), "hi!");
+//! ```
+//!
+//! Invariants: vocabularies and templates come out of other people's files, so whatever is wrong with them is an
+//! [`Error`] and never a panic; text that a user wrote never turns into a control token unless the caller asks for it;
+//! no module knows of terminals or sockets. The floors are in the repository's ARCHITECTURE.md.
+#![forbid(unsafe_code)]
+
+mod error;
+mod tokenizer;
+
+pub use error::{Error, Result};
+pub use tokenizer::{MAX_TEXT_BYTES, MAX_TOKENS, StreamDecoder, TokenKind, Tokenizer, VocabularyData};
