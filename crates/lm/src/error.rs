@@ -34,6 +34,14 @@ pub enum Error {
         /// The largest value that is accepted.
         limit: u64,
     },
+    /// A chat template is wrong, or refuses the conversation.
+    #[error("chat template, line {line}: {what}")]
+    Template {
+        /// The line of the template, from 1.
+        line: usize,
+        /// What is wrong, in the template's own words where it has some.
+        what: String,
+    },
 }
 
 /// The result of every fallible function of this crate.

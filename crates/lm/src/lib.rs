@@ -19,8 +19,10 @@
 //! no module knows of terminals or sockets. The floors are in the repository's ARCHITECTURE.md.
 #![forbid(unsafe_code)]
 
+mod chat;
 mod error;
 mod tokenizer;
 
+pub use chat::{CHATML, ChatTemplate, Conversation, Json, MAX_TEMPLATE_BYTES, Message};
 pub use error::{Error, Result};
 pub use tokenizer::{MAX_TEXT_BYTES, MAX_TOKENS, StreamDecoder, TokenKind, Tokenizer, VocabularyData};
