@@ -21,8 +21,12 @@
 
 mod chat;
 mod error;
+mod sampler;
 mod tokenizer;
 
 pub use chat::{CHATML, ChatTemplate, Conversation, Json, MAX_TEMPLATE_BYTES, Message};
 pub use error::{Error, Result};
+pub use sampler::{
+    Candidate, Mirostat, Sampler, SamplerOptions, TokenLogProbability, log_probability, top_log_probabilities,
+};
 pub use tokenizer::{MAX_TEXT_BYTES, MAX_TOKENS, StreamDecoder, TokenKind, Tokenizer, VocabularyData};
