@@ -47,8 +47,8 @@ pub use elementwise::{Binary, Operand, Step, elementwise};
 pub use epilogue::{Activation, Epilogue, Residual, activate};
 pub use gemm::{gemm, pack_kn, pack_nk, packed_len};
 pub use int8::{
-    ByteInput, ByteOutput, ByteWeights, conv_packed_bytes_len, conv2d_bytes, gemm_bytes, pack_bytes,
-    pack_bytes_rows, pack_conv_bytes, pack_conv_bytes_rows, packed_bytes_len,
+    ByteInput, ByteOutput, ByteWeights, conv_bytes_supported, conv_packed_bytes_len, conv2d_bytes,
+    gemm_bytes, pack_bytes, pack_bytes_rows, pack_conv_bytes, pack_conv_bytes_rows, packed_bytes_len,
 };
 pub use layout::transpose;
 pub use matmul::{

@@ -9,8 +9,8 @@ use lightering_graph::{
     NodeId, Op, Padding, PoolAttributes, UnaryOp, ValueId,
 };
 use lightering_kernels::{
-    AttentionShape, Binary, ConvShape, HeadStrides, PoolShape, attention_scratch_len, conv_scratch_len,
-    matmul_scratch_len,
+    AttentionShape, Binary, ConvShape, HeadStrides, PoolShape, attention_scratch_len, conv_bytes_supported,
+    conv_scratch_len, matmul_scratch_len,
 };
 use lightering_units::DType;
 
@@ -517,6 +517,14 @@ fn bytes8(graph: &Graph, node: &Node, columns: usize, activation: Option<&UnaryO
     if x_zero.len() != 1 || y_zero.len() != 1 || (w_zero.len() != 1 && w_zero.len() != columns) {
         return None;
     }
+    let (x_signed, y_signed) =
+        (is_signed_byte(graph, node.input(0))?, is_signed_byte(graph, node.output(0))?);
+    let of_type = |zero: i32, signed: bool| {
+        if signed { i8::try_from(zero).is_ok() } else { u8::try_from(zero).is_ok() }
+    };
+    if !of_type(x_zero[0], x_signed) || !of_type(y_zero[0], y_signed) {
+        return None;
+    }
     let w_signed = is_signed_byte(graph, node.input(3))?;
     // Unsigned weights are packed shifted into the signed range.
     let shift = if w_signed { 0 } else { 128 };
@@ -529,11 +537,11 @@ fn bytes8(graph: &Graph, node: &Node, columns: usize, activation: Option<&UnaryO
         Some(_) => return None,
     };
     Some(Bytes8 {
-        x_signed: is_signed_byte(graph, node.input(0))?,
+        x_signed,
         x_zero: x_zero[0],
         scale: w_scale.iter().map(|w| x_scale * w / y_scale).collect(),
         w_zeros: w_zeros.iter().any(|&z| z != 0).then_some(w_zeros),
-        y_signed: is_signed_byte(graph, node.output(0))?,
+        y_signed,
         y_zero: y_zero[0],
         limits,
     })
@@ -546,7 +554,7 @@ fn lower_byte_conv(graph: &Graph, node: &Node, a: &ConvAttributes) -> Option<Low
     if a.layout != Layout::ChannelsLast || !is_constant(graph, node, 3) {
         return None;
     }
-    let shape = shape_of(&x, &w, &y, a)?;
+    let shape = shape_of(&x, &w, &y, a).filter(conv_bytes_supported)?;
     let bytes = bytes8(graph, node, shape.out_c, a.activation.as_ref())?;
     if node
         .input(8)

@@ -69,20 +69,6 @@ impl Simd for Avx2 {
         unsafe { _mm256_maskstore_ps(p, first(n), v) }
     }
     #[inline(always)]
-    unsafe fn load_bytes_n<const SIGNED: bool>(self, p: *const u8, n: usize) -> __m256 {
-        // SAFETY: only `n` bytes are read.
-        unsafe {
-            let b = if n >= 8 {
-                _mm_loadl_epi64(p.cast())
-            } else {
-                let mut bytes = [0u8; 8];
-                std::ptr::copy_nonoverlapping(p, bytes.as_mut_ptr(), n);
-                _mm_cvtsi64_si128(i64::from_le_bytes(bytes))
-            };
-            _mm256_cvtepi32_ps(if SIGNED { _mm256_cvtepi8_epi32(b) } else { _mm256_cvtepu8_epi32(b) })
-        }
-    }
-    #[inline(always)]
     fn add(self, a: __m256, b: __m256) -> __m256 {
         // SAFETY: as above.
         unsafe { _mm256_add_ps(a, b) }
@@ -185,34 +171,6 @@ impl Simd for Avx2 {
             let q = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps::<1>(a));
             let d = _mm_max_ps(q, _mm_movehl_ps(q, q));
             _mm_cvtss_f32(_mm_max_ss(d, _mm_movehdup_ps(d)))
-        }
-    }
-    #[inline(always)]
-    unsafe fn store_integers(self, p: *mut i32, v: __m256) {
-        // SAFETY: as above.
-        unsafe { _mm256_storeu_si256(p.cast(), _mm256_cvtps_epi32(v)) }
-    }
-    #[inline(always)]
-    unsafe fn requantize(
-        self,
-        sums: *const i32,
-        offsets: *const i32,
-        scales: *const f32,
-        bounds: [f32; 2],
-        zero: i32,
-        out: *mut u8,
-        n: usize,
-    ) {
-        // SAFETY: as above; only `n` bytes are written.
-        unsafe {
-            let sum = _mm256_add_epi32(_mm256_loadu_si256(sums.cast()), _mm256_loadu_si256(offsets.cast()));
-            let y = _mm256_mul_ps(_mm256_cvtepi32_ps(sum), _mm256_loadu_ps(scales));
-            let y = _mm256_min_ps(_mm256_max_ps(y, _mm256_set1_ps(bounds[0])), _mm256_set1_ps(bounds[1]));
-            let y = _mm256_add_epi32(_mm256_cvtps_epi32(y), _mm256_set1_epi32(zero));
-            let mut values = [0i32; 8];
-            _mm256_storeu_si256(values.as_mut_ptr().cast(), y);
-            let bytes = values.map(|v| v as u8);
-            std::ptr::copy_nonoverlapping(bytes.as_ptr(), out, n.min(8));
         }
     }
     #[inline(always)]

@@ -71,15 +71,6 @@ impl Simd for Avx512 {
         unsafe { _mm512_mask_storeu_ps(p, first(n), v) }
     }
     #[inline(always)]
-    unsafe fn load_bytes_n<const SIGNED: bool>(self, p: *const u8, n: usize) -> __m512 {
-        // SAFETY: masked bytes are not read.
-        unsafe {
-            let b =
-                if n >= 16 { _mm_loadu_si128(p.cast()) } else { _mm_maskz_loadu_epi8(first(n), p.cast()) };
-            _mm512_cvtepi32_ps(if SIGNED { _mm512_cvtepi8_epi32(b) } else { _mm512_cvtepu8_epi32(b) })
-        }
-    }
-    #[inline(always)]
     fn add(self, a: __m512, b: __m512) -> __m512 {
         // SAFETY: as above.
         unsafe { _mm512_add_ps(a, b) }
@@ -166,31 +157,6 @@ impl Simd for Avx512 {
     fn maximum(self, a: __m512) -> f32 {
         // SAFETY: as above.
         unsafe { _mm512_reduce_max_ps(a) }
-    }
-    #[inline(always)]
-    unsafe fn store_integers(self, p: *mut i32, v: __m512) {
-        // SAFETY: as above.
-        unsafe { _mm512_storeu_si512(p.cast(), _mm512_cvtps_epi32(v)) }
-    }
-    #[inline(always)]
-    unsafe fn requantize(
-        self,
-        sums: *const i32,
-        offsets: *const i32,
-        scales: *const f32,
-        bounds: [f32; 2],
-        zero: i32,
-        out: *mut u8,
-        n: usize,
-    ) {
-        // SAFETY: as above; masked bytes are not written.
-        unsafe {
-            let sum = _mm512_add_epi32(_mm512_loadu_si512(sums.cast()), _mm512_loadu_si512(offsets.cast()));
-            let y = _mm512_mul_ps(_mm512_cvtepi32_ps(sum), _mm512_loadu_ps(scales));
-            let y = _mm512_min_ps(_mm512_max_ps(y, _mm512_set1_ps(bounds[0])), _mm512_set1_ps(bounds[1]));
-            let y = _mm512_add_epi32(_mm512_cvtps_epi32(y), _mm512_set1_epi32(zero));
-            _mm_mask_storeu_epi8(out.cast(), first(n), _mm512_cvtepi32_epi8(y));
-        }
     }
     #[inline(always)]
     fn prefetch(self, p: *const f32) {

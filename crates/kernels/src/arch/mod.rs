@@ -15,7 +15,7 @@ mod portable;
 pub use avx2::Avx2;
 #[cfg(target_arch = "x86_64")]
 pub use avx512::Avx512;
-pub(crate) use int8::{ByteKernel, Bytes, dispatch_bytes};
+pub(crate) use int8::{ByteKernel, Bytes, Requantization, dispatch_bytes, interleaved_column};
 pub use portable::Portable;
 
 use std::sync::OnceLock;
@@ -140,11 +140,6 @@ pub trait Simd: Copy + Send + Sync + 'static {
     /// # Safety
     /// `p` is valid for writing `n` values.
     unsafe fn store_n(self, p: *mut f32, n: usize, v: Self::F);
-    /// Loads `n <= LANES` bytes, zero-extended (`SIGNED == false`) or sign-extended, as f32.
-    ///
-    /// # Safety
-    /// `p` is valid for reading `n` bytes.
-    unsafe fn load_bytes_n<const SIGNED: bool>(self, p: *const u8, n: usize) -> Self::F;
 
     /// `a + b`
     fn add(self, a: Self::F, b: Self::F) -> Self::F;
@@ -180,26 +175,6 @@ pub trait Simd: Copy + Send + Sync + 'static {
     fn sum(self, a: Self::F) -> f32;
     /// Maximum of the lanes; NaN lanes may be dropped.
     fn maximum(self, a: Self::F) -> f32;
-    /// Stores `LANES` values, which are integers in the range of i32.
-    ///
-    /// # Safety
-    /// `p` is valid for writing `LANES` values.
-    unsafe fn store_integers(self, p: *mut i32, v: Self::F);
-    /// `out[i] = clamp(round_half_even((sums[i] + offsets[i]) * scales[i]), low, high) + zero` for `i < n <= LANES`;
-    /// the results fit a byte.
-    ///
-    /// # Safety
-    /// `sums`, `offsets` and `scales` are valid for reading `LANES` values, `out` for writing `n` bytes.
-    unsafe fn requantize(
-        self,
-        sums: *const i32,
-        offsets: *const i32,
-        scales: *const f32,
-        bounds: [f32; 2],
-        zero: i32,
-        out: *mut u8,
-        n: usize,
-    );
     /// Hints that the cache line at `p` will be read; `p` may be any address.
     fn prefetch(self, p: *const f32);
 }

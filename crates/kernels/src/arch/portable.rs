@@ -63,17 +63,6 @@ impl Simd for Portable {
         unsafe { std::ptr::copy_nonoverlapping(v.as_ptr(), p, n.min(N)) }
     }
     #[inline(always)]
-    unsafe fn load_bytes_n<const SIGNED: bool>(self, p: *const u8, n: usize) -> [f32; N] {
-        std::array::from_fn(|i| {
-            if i >= n {
-                return 0.0;
-            }
-            // SAFETY: only the first `n` bytes are read.
-            let b = unsafe { *p.add(i) };
-            if SIGNED { f32::from(b as i8) } else { f32::from(b) }
-        })
-    }
-    #[inline(always)]
     fn add(self, a: [f32; N], b: [f32; N]) -> [f32; N] {
         zip(a, b, |a, b| a + b)
     }
@@ -145,31 +134,6 @@ impl Simd for Portable {
     #[inline(always)]
     fn maximum(self, a: [f32; N]) -> f32 {
         a.into_iter().fold(f32::NEG_INFINITY, f32::max)
-    }
-    #[inline(always)]
-    unsafe fn store_integers(self, p: *mut i32, v: [f32; N]) {
-        // SAFETY: by contract `N` values are writable.
-        unsafe { p.cast::<[i32; N]>().write_unaligned(v.map(|v| v as i32)) }
-    }
-    #[inline(always)]
-    unsafe fn requantize(
-        self,
-        sums: *const i32,
-        offsets: *const i32,
-        scales: *const f32,
-        bounds: [f32; 2],
-        zero: i32,
-        out: *mut u8,
-        n: usize,
-    ) {
-        for i in 0..n.min(N) {
-            // SAFETY: by contract the values are readable and the byte is writable.
-            unsafe {
-                let sum = (*sums.add(i)).wrapping_add(*offsets.add(i));
-                let y = (sum as f32 * *scales.add(i)).round_ties_even().max(bounds[0]).min(bounds[1]);
-                *out.add(i) = (y as i32 + zero) as u8;
-            }
-        }
     }
     #[inline(always)]
     fn prefetch(self, _: *const f32) {}

@@ -272,6 +272,65 @@ impl<T: Sync> RowSource<T> for Taps<T> {
             }
         }
     }
+    #[inline(always)]
+    unsafe fn gather(&self, row: usize, rows: usize, out: *mut T, stride: usize) {
+        let (mut y, mut x) = (row / self.out_w, row % self.out_w);
+        let [kernel_h, kernel_w] = self.kernel;
+        let line = kernel_w * self.run;
+        // A row of the kernel is one stretch of memory when nothing lies between its pixels.
+        let joined = self.dilation[1] == 1 && self.pixel_stride == self.run;
+        for r in 0..rows {
+            let top = ((y + self.first_out_row) * self.stride[0]).wrapping_sub(self.pads[0]);
+            let left = (x * self.stride[1]).wrapping_sub(self.pads[1]);
+            let within = joined && left < self.w && left + kernel_w <= self.w;
+            for ky in 0..kernel_h {
+                let iy = top.wrapping_add(ky * self.dilation[0]);
+                let start = self.data.wrapping_add(iy.wrapping_mul(self.w).wrapping_mul(self.pixel_stride));
+                let to = out.wrapping_add(r * stride + ky * line);
+                // SAFETY: by contract; what is read lies in the image, or stands for pixels outside.
+                unsafe {
+                    if iy >= self.h {
+                        copy_short(self.outside, to, line);
+                    } else if within {
+                        copy_short(start.wrapping_add(left * self.pixel_stride), to, line);
+                    } else {
+                        for kx in 0..kernel_w {
+                            let ix = left.wrapping_add(kx * self.dilation[1]);
+                            let pixel = start.wrapping_add(ix.wrapping_mul(self.pixel_stride));
+                            let from = if ix < self.w { pixel } else { self.outside };
+                            copy_short(from, to.wrapping_add(kx * self.run), self.run);
+                        }
+                    }
+                }
+            }
+            x += 1;
+            if x == self.out_w {
+                x = 0;
+                y += 1;
+            }
+        }
+    }
+}
+
+/// Copies a few values; for 8 to 16 bytes without a call.
+///
+/// # Safety
+/// As [`std::ptr::copy_nonoverlapping`].
+#[inline(always)]
+unsafe fn copy_short<T>(from: *const T, to: *mut T, n: usize) {
+    let bytes = n * size_of::<T>();
+    // SAFETY: by contract; both halves lie within the `bytes` bytes.
+    unsafe {
+        if (8..=16).contains(&bytes) {
+            let (from, to) = (from.cast::<u8>(), to.cast::<u8>());
+            let first = from.cast::<u64>().read_unaligned();
+            let last = from.add(bytes - 8).cast::<u64>().read_unaligned();
+            to.cast::<u64>().write_unaligned(first);
+            to.add(bytes - 8).cast::<u64>().write_unaligned(last);
+        } else {
+            std::ptr::copy_nonoverlapping(from, to, n);
+        }
+    }
 }
 
 /// Convolves: computes the output rows `rows` of the layer into `output`, whose first pixel is `(rows.start, 0)`

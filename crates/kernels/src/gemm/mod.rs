@@ -63,6 +63,25 @@ pub(crate) trait RowSource<T>: Sync {
         offset: usize,
         out: *mut *const T,
     );
+    /// Copies the rows `row..row + rows`, the runs of all taps beside each other, to `out`, `stride` apart.
+    ///
+    /// # Safety
+    /// Rows exist, `stride` is at least the length of a row, and `out` is valid for writing `rows * stride` values; what
+    /// stands for values outside an image has as many values as a row of a kernel.
+    #[inline(always)]
+    unsafe fn gather(&self, row: usize, rows: usize, out: *mut T, stride: usize) {
+        for r in 0..rows {
+            for tap in 0..self.taps() {
+                let mut run = std::ptr::null();
+                // SAFETY: by contract.
+                unsafe {
+                    self.pointers(row + r, 1, tap, 1, 0, &raw mut run);
+                    let to = out.add(r * stride + tap * self.run());
+                    std::ptr::copy_nonoverlapping(run, to, self.run());
+                }
+            }
+        }
+    }
 }
 
 /// Rows at a constant distance.

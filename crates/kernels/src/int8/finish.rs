@@ -1,7 +1,7 @@
 //! What becomes of exact sums: bytes, i32 or f32.
 
 use super::PANEL;
-use crate::arch::Simd;
+use crate::arch::{Bytes, Requantization};
 use crate::epilogue::{Activation, check_rows};
 
 /// Where the sums of a product of bytes go. Rows (pixels) lie `stride` apart; scales have one value, or one per
@@ -19,7 +19,7 @@ pub enum ByteOutput<'a> {
         signed: bool,
         /// Factors.
         scale: &'a [f32],
-        /// Zero point.
+        /// Zero point, a value of the type.
         zero: i32,
         /// Lowest and highest value, for a fused ReLU or clip; further limited by the type.
         limits: Option<(i32, i32)>,
@@ -48,7 +48,7 @@ pub enum ByteOutput<'a> {
 
 #[derive(Clone, Copy)]
 enum Target {
-    Bytes { data: *mut u8, zero: i32, low: f32, high: f32 },
+    Bytes { data: *mut u8, how: Requantization },
     I32 { data: *mut i32 },
     F32 { data: *mut f32, low: f32, high: f32 },
 }
@@ -86,11 +86,18 @@ impl<'a> Sink<'a> {
             ByteOutput::Bytes { data, stride, signed, scale, zero, limits } => {
                 check_rows("output", data.len(), rows, columns, stride);
                 check_scale(scale);
-                let (type_low, type_high) = if signed { (-128, 127) } else { (0, 255) };
+                let (type_low, type_high, shift) = if signed { (-128, 127, 128) } else { (0, 255, 0) };
                 let (low, high) = limits.unwrap_or((type_low, type_high));
-                let low = (low.clamp(type_low, type_high) - zero) as f32;
-                let high = (high.clamp(type_low, type_high) - zero) as f32;
-                let target = Target::Bytes { data: data.as_mut_ptr(), zero, low, high };
+                assert!((type_low..=type_high).contains(&zero), "zero point {zero} outside the type");
+                let high = high.clamp(type_low, type_high);
+                let low = low.clamp(type_low, high);
+                let how = Requantization {
+                    high: (high - zero) as f32,
+                    zero: (zero + shift) as i16,
+                    low: (low + shift) as u8,
+                    flip: shift as u8,
+                };
+                let target = Target::Bytes { data: data.as_mut_ptr(), how };
                 Sink { target, stride, first: 0, scale, float_bias: None, bias }
             }
             ByteOutput::I32 { data, stride } => {
@@ -118,15 +125,26 @@ impl<'a> Sink<'a> {
         Sink { first: self.first + first, ..*self }
     }
 
+    /// Where the bytes of row `row` from column `column` on go and how they come about; `None` for other results.
+    #[inline(always)]
+    pub(super) fn bytes(&self, row: usize, column: usize) -> Option<(*mut u8, Requantization)> {
+        match self.target {
+            Target::Bytes { data, how } => {
+                Some((data.wrapping_add(row * self.stride + self.first + column), how))
+            }
+            _ => None,
+        }
+    }
+
     /// Writes a row of `n` sums from column `column` on; `row_sum` is the sum of the row's activations where the
     /// weights have zero points.
     ///
     /// # Safety
     /// The output holds the row, and no other thread writes it.
     #[inline(always)]
-    pub(super) unsafe fn finish<S: Simd>(
+    pub(super) unsafe fn finish<T: Bytes>(
         &self,
-        s: S,
+        t: T,
         c: &Columns,
         sums: &mut [i32; PANEL],
         n: usize,
@@ -142,22 +160,21 @@ impl<'a> Sink<'a> {
             }
         }
         match self.target {
-            Target::Bytes { data, zero, low, high } => {
+            Target::Bytes { data, how } => {
                 let mut i = 0;
                 while i < n {
-                    // SAFETY: by contract; the panel's arrays hold whole vectors.
+                    // SAFETY: by contract; the panel's arrays hold whole groups of four vectors.
                     unsafe {
-                        s.requantize(
-                            sums.as_ptr().add(i),
-                            c.offset.as_ptr().add(i),
-                            c.scale.as_ptr().add(i),
-                            [low, high],
-                            zero,
-                            data.add(at + i),
-                            S::LANES.min(n - i),
-                        );
+                        let mut parts = [t.zero(); 4];
+                        for v in 0..4 {
+                            let at = i + v * T::LANES;
+                            parts[v] =
+                                t.add(t.load(sums.as_ptr().add(at)), t.load(c.offset.as_ptr().add(at)));
+                        }
+                        let scales = c.scale.as_ptr().add(i);
+                        t.requantize::<true>(parts, scales, how, data.add(at + i), (4 * T::LANES).min(n - i));
                     }
-                    i += S::LANES;
+                    i += 4 * T::LANES;
                 }
             }
             Target::I32 { data } => {
@@ -182,10 +199,10 @@ impl<'a> Sink<'a> {
 
 /// What is the same for all rows of a panel.
 pub(super) struct Columns {
-    offset: [i32; PANEL],
+    pub(super) offset: [i32; PANEL],
     zeros: [i32; PANEL],
     pub(super) has_zeros: bool,
-    scale: [f32; PANEL],
+    pub(super) scale: [f32; PANEL],
     bias: [f32; PANEL],
 }
 

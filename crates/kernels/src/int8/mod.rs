@@ -1,7 +1,8 @@
 //! Products and convolutions of bytes, accumulated exactly in i32.
 //!
 //! Activations are bytes, unsigned or signed, channels last; weights are signed bytes in panels of 64 columns,
-//! `[K / 4][width][4]`, every kernel tap padded to a multiple of four with zeros. With `a` the activations, `w`
+//! `[K / 4][width][4]`, every kernel tap padded to a multiple of four with zeros (all taps together where a tap has few
+//! channels, as in the first layer of most networks). With `a` the activations, `w`
 //! the weights and their zero points, the sum is `sum (a - a_zero) (w - w_zero) + bias`; pixels outside an image
 //! count as `a_zero`. What becomes of the sum is the [`ByteOutput`].
 
@@ -23,8 +24,12 @@ use tile::{Tile, run_tile, tile_rows};
 /// Most kernel taps per tile.
 const SEGMENTS: usize = 64;
 const ROWS_MAX: usize = 12;
+/// Most bytes per row that are gathered.
+const GATHERED: usize = 512;
 /// Length of the row that stands for pixels outside the image; a multiple of four.
 const OUTSIDE: usize = 2048;
+
+const ONES: [u8; PANEL] = [1; PANEL];
 
 /// Bytes of activations.
 #[derive(Clone, Copy, Debug)]
@@ -53,6 +58,19 @@ pub struct ByteWeights<'a> {
 
 fn packed_len_runs(taps: usize, run: usize, n: usize) -> usize {
     taps * run.next_multiple_of(4) * n.next_multiple_of(GRAIN)
+}
+
+/// Whether the taps of a pixel are copied beside each other before the product, because padding each of them to a
+/// multiple of four would cost more.
+fn gathers(shape: &ConvShape) -> bool {
+    let (taps, run) = (shape.kernel[0] * shape.kernel[1], shape.in_c / shape.groups);
+    taps > 1 && run < 16 && !run.is_multiple_of(4) && taps * run <= GATHERED
+}
+
+/// Runs per row of A, and their length.
+fn runs_of(shape: &ConvShape) -> (usize, usize) {
+    let (taps, run) = (shape.kernel[0] * shape.kernel[1], shape.in_c / shape.groups);
+    if gathers(shape) { (1, taps * run) } else { (taps, run) }
 }
 
 /// Bytes that the panels of a `[k, n]` matrix take.
@@ -140,13 +158,19 @@ pub fn pack_bytes_rows(
     });
 }
 
+/// Whether [`conv2d_bytes`] computes this layer: depthwise kernels have at most 64 taps.
+pub fn conv_bytes_supported(shape: &ConvShape) -> bool {
+    !shape.is_depthwise() || shape.kernel[0].saturating_mul(shape.kernel[1]) <= depthwise::TAPS
+}
+
 /// Bytes that the packed weights of this layer take.
 pub fn conv_packed_bytes_len(shape: &ConvShape) -> usize {
     let taps = shape.kernel[0] * shape.kernel[1];
     if shape.is_depthwise() {
         return taps * shape.out_c;
     }
-    shape.groups * packed_len_runs(taps, shape.in_c / shape.groups, shape.out_c / shape.groups)
+    let (taps, run) = runs_of(shape);
+    shape.groups * packed_len_runs(taps, run, shape.out_c / shape.groups)
 }
 
 /// Packs weights given as `[out_c, in_c / groups, kernel_h, kernel_w]` into `out` of [`conv_packed_bytes_len`]
@@ -191,7 +215,8 @@ pub fn pack_conv_bytes_rows(
         }
         return;
     }
-    let len = packed_len_runs(taps, run, columns);
+    let (runs, run_len) = runs_of(shape);
+    let len = packed_len_runs(runs, run_len, columns);
     for group in 0..shape.groups {
         let first = group * columns;
         let (low, high) = (first_row.max(first), end.min(first + columns));
@@ -199,14 +224,17 @@ pub fn pack_conv_bytes_rows(
             continue;
         }
         let (out, sums) = (&mut out[group * len..][..len], &mut sums[first..][..columns]);
-        pack_columns(taps, run, columns, low - first..high - first, out, sums, |tap, k, column| {
-            signed_weight(rows[(first + column - first_row) * row + k * taps + tap], signed)
+        pack_columns(runs, run_len, columns, low - first..high - first, out, sums, |part, k, column| {
+            let (tap, channel) = (part + k / run, k % run);
+            signed_weight(rows[(first + column - first_row) * row + channel * taps + tap], signed)
         });
     }
 }
 
 struct Product<'a, R> {
     source: R,
+    /// Whether rows are copied beside each other first.
+    gather: bool,
     signed: bool,
     /// Zero point in the unsigned range.
     zero: i32,
@@ -255,9 +283,15 @@ impl<R: RowSource<u8>> ByteKernel for Part<'_, R> {
     #[inline(always)]
     fn run<T: Bytes>(self, t: T) {
         let p = self.product;
-        let (taps, run) = (p.source.taps(), p.source.run());
+        let (mut taps, mut run) = (p.source.taps(), p.source.run());
+        let mut gathered = [0u8; ROWS_MAX * GATHERED];
+        if p.gather {
+            (taps, run) = (1, taps * run);
+        }
         let groups = run.div_ceil(4);
         let flip = if p.signed { 0x8080_8080 } else { 0 };
+        let signs = t.repeat_byte(flip as u8);
+        let ones = t.repeat_byte(1);
         let mut pointers = [std::ptr::null::<u8>(); SEGMENTS * ROWS_MAX];
         let mut sums = [0i32; ROWS_MAX * PANEL];
         // A piece is a group of whole taps, or a part of one tap whose length is a multiple of four.
@@ -280,20 +314,29 @@ impl<R: RowSource<u8>> ByteKernel for Part<'_, R> {
                 // All slices of a panel take the same rows, so that the finish sees whole panel rows.
                 let widest = (width / T::LANES).min(T::TILE_VECTORS);
                 let rows = tile_rows::<T>(widest, self.rows.end - row);
-                let mut row_sums = [0i32; ROWS_MAX];
+                let mut row_sums = [t.zero(); ROWS_MAX];
                 let (mut tap, mut offset) = (0, 0);
                 loop {
                     let segments = group.min(taps - tap);
                     let len = piece.min(run - offset);
-                    // SAFETY: the table holds `SEGMENTS * ROWS_MAX` pointers; rows and taps exist.
-                    unsafe { p.source.pointers(row, rows, tap, segments, offset, pointers.as_mut_ptr()) };
+                    if p.gather {
+                        // SAFETY: the buffer holds `ROWS_MAX` rows of `GATHERED >= run` bytes.
+                        unsafe { p.source.gather(row, rows, gathered.as_mut_ptr(), GATHERED) };
+                        for (to, from) in pointers[..rows].iter_mut().zip(gathered.chunks_exact(GATHERED)) {
+                            *to = from.as_ptr();
+                        }
+                    } else {
+                        // SAFETY: the table holds `SEGMENTS * ROWS_MAX` pointers; rows and taps exist.
+                        unsafe { p.source.pointers(row, rows, tap, segments, offset, pointers.as_mut_ptr()) };
+                    }
                     let mut slice = 0;
                     while slice < width {
                         let vectors = ((width - slice) / T::LANES).min(widest);
                         let tile = Tile {
                             pointers: pointers.as_ptr(),
                             segments,
-                            len,
+                            // Gathered rows may be read to the next multiple of four.
+                            len: if p.gather { len.next_multiple_of(4) } else { len },
                             flip,
                             w: w.wrapping_add(((tap * groups + offset / 4) * width + slice) * 4),
                             w_stride: width * 4,
@@ -306,12 +349,22 @@ impl<R: RowSource<u8>> ByteKernel for Part<'_, R> {
                     if constants.has_zeros {
                         for segment in 0..segments {
                             for r in 0..rows {
-                                // SAFETY: the table was filled above; each pointer has `len` bytes.
-                                let bytes =
-                                    unsafe { std::slice::from_raw_parts(pointers[segment * rows + r], len) };
-                                let flip = flip as u8;
-                                let sum: i32 = bytes.iter().map(|&b| i32::from(b ^ flip)).sum();
-                                row_sums[r] = row_sums[r].wrapping_add(sum);
+                                let bytes = pointers[segment * rows + r];
+                                let mut at = 0;
+                                while at < len {
+                                    let n = (4 * T::LANES).min(len - at);
+                                    // SAFETY: each pointer has `len` bytes, the ones are `PANEL` many.
+                                    unsafe {
+                                        let some = t.flip(t.load_bytes(bytes.wrapping_add(at), n), signs);
+                                        let mask = if n == 4 * T::LANES {
+                                            ones
+                                        } else {
+                                            t.load_bytes(ONES.as_ptr(), n)
+                                        };
+                                        row_sums[r] = t.dot_bytes(row_sums[r], some, mask);
+                                    }
+                                    at += n;
+                                }
                             }
                         }
                     }
@@ -326,11 +379,12 @@ impl<R: RowSource<u8>> ByteKernel for Part<'_, R> {
                 }
                 let mut lines = sums.chunks_exact_mut(PANEL);
                 for r in 0..rows {
+                    let row_sum = if constants.has_zeros { t.total(row_sums[r]) } else { 0 };
                     let line = lines.next().and_then(|line| <&mut [i32; PANEL]>::try_from(line).ok());
                     let line = line.expect("the buffer has ROWS_MAX lines of PANEL sums");
                     // SAFETY: the entry function has checked that the output holds this row.
                     unsafe {
-                        p.sink.finish(t.float(), &constants, line, columns, row_sums[r], row + r, column0);
+                        p.sink.finish(t, &constants, line, columns, row_sum, row + r, column0);
                     }
                 }
                 row += rows;
@@ -373,6 +427,7 @@ pub fn gemm_bytes(
     let (zero, _) = zero_point(&a);
     Product {
         source: Strided { data: a.data.as_ptr(), stride: a.stride, k },
+        gather: false,
         signed: a.signed,
         zero,
         rows: m,
@@ -426,7 +481,6 @@ pub fn conv2d_bytes(
     }
     let outside = [byte; OUTSIDE];
     let (run, columns) = (shape.in_c / shape.groups, shape.out_c / shape.groups);
-    let taps = shape.kernel[0] * shape.kernel[1];
     let source = Taps {
         data: input.data.as_ptr().wrapping_sub(first_row * shape.in_w * input.stride),
         outside: outside.as_ptr(),
@@ -443,13 +497,15 @@ pub fn conv2d_bytes(
         padded: true,
     };
     if shape.is_depthwise() {
-        return depthwise::depthwise(pool, shape, &source, input.signed, input.zero, &weights, &sink, rows);
+        return depthwise::depthwise(pool, shape, &source, input.signed, zero, &weights, &sink, rows);
     }
-    let len = packed_len_runs(taps, run, columns);
+    let (runs, run_len) = runs_of(shape);
+    let len = packed_len_runs(runs, run_len, columns);
     for group in 0..shape.groups {
         let first = group * columns;
         Product {
             source: Taps { data: source.data.wrapping_add(group * run), ..source },
+            gather: gathers(shape),
             signed: input.signed,
             zero,
             rows: pixels,

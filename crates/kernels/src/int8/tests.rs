@@ -76,11 +76,11 @@ proptest! {
 
     #[test]
     fn convolutions_are_exact(
-        kind in 0usize..3, c in 1usize..70, o in 1usize..70, kernel in prop_oneof![Just([1, 1]), Just([3, 3]), Just([5, 5]), Just([2, 3])],
-        stride in 1usize..3, dilation in 1usize..3, pad in 0usize..3, h in 1usize..9, w in 1usize..9, signed: bool, symmetric: bool,
+        kind in 0usize..4, c in 1usize..150, o in 1usize..70, kernel in prop_oneof![Just([1, 1]), Just([3, 3]), Just([5, 5]), Just([2, 3])],
+        stride in 1usize..3, dilation in 1usize..3, pad in 0usize..3, h in 1usize..9, w in 1usize..14, signed: bool, zeros in 0usize..4,
         zero in -128i32..128, cut in 0usize..9, seed in 0u64..1000,
     ) {
-        let (in_c, out_c, groups) = match kind { 0 => (c, o, 1), 1 => (c, c, c), _ => (c % 5 * 2 + 2, o % 5 * 2 + 2, 2) };
+        let (in_c, out_c, groups) = match kind { 0 => (c, o, 1), 1 => (c, c, c), 2 => (c % 5 * 2 + 2, o % 5 * 2 + 2, 2), _ => (c % 7 + 1, o, 1) };
         let out = |size: usize, kernel: usize| Some((size + 2 * pad).checked_sub((kernel - 1) * dilation + 1)? / stride + 1);
         let (Some(out_h), Some(out_w)) = (out(h, kernel[0]), out(w, kernel[1])) else { return Ok(()) };
         let shape = ConvShape {
@@ -90,12 +90,17 @@ proptest! {
         let x = bytes(h * w * in_c, seed);
         let weights = bytes(out_c * ci * kernel[0] * kernel[1], seed + 1);
         let x_zero = if signed { zero } else { zero + 128 };
-        let w_zeros: Vec<i32> = (0..out_c as i32).map(|j| if symmetric { 0 } else { j % 5 - 2 }).collect();
+        // The largest differences of a weight and its zero point are 255 and -255.
+        let zero_of = |j: i32| match zeros { 0 => 0, 1 => j % 5 - 2, 2 => if j % 70 == 0 { -128 } else { -60 }, _ => 127 };
+        let w_zeros: Vec<i32> = (0..out_c as i32).map(zero_of).collect();
+        let symmetric = zeros == 0;
         let mut packed = vec![77; conv_packed_bytes_len(&shape)];
         let mut sums = vec![77; out_c];
         pack_conv_bytes(&shape, &weights, true, &mut packed, &mut sums);
         let parts = ByteWeights { packed: &packed, sums: &sums, zeros: (!symmetric).then_some(&w_zeros) };
         let bias: Vec<i32> = (0..out_c as i32).map(|j| j * 100).collect();
+        let scale: Vec<f32> = (0..out_c).map(|j| 0.0007 + 0.0001 * j as f32).collect();
+        let limits = (zeros % 2 == 1).then_some((-7, 90));
         for isa in ISAS {
             let run = |threads: usize, rows: Range<usize>| {
                 let pool = ThreadPool::with_isa(threads, isa);
@@ -104,7 +109,15 @@ proptest! {
                 let input = ByteInput { data, signed, zero: x_zero, stride: in_c };
                 let mut y = vec![0; rows.len() * out_w * out_c];
                 let output = ByteOutput::I32 { data: &mut y, stride: out_c };
+                conv2d_bytes(&pool, &shape, input, need.start, parts, Some(&bias), output, rows.clone());
+                let mut z = vec![0; y.len()];
+                let output = ByteOutput::Bytes { data: &mut z, stride: out_c, signed, scale: &scale, zero: 3, limits };
                 conv2d_bytes(&pool, &shape, input, need.start, parts, Some(&bias), output, rows);
+                for (i, (z, y)) in z.into_iter().zip(&y).enumerate() {
+                    let (low, high) = limits.unwrap_or((-128, 255));
+                    let want = value(requantized(*y, scale[i % out_c], 3, signed), signed);
+                    assert_eq!(value(z, signed), want.clamp(low, high), "{isa:?} {shape:?} {i}");
+                }
                 y
             };
             let cut = cut.min(out_h);
