@@ -5,7 +5,6 @@
 //! `raise_exception`, `strftime_now`); that is what is offered here.
 
 mod clock;
-mod json;
 
 use std::collections::BTreeMap;
 
@@ -14,9 +13,8 @@ use minijinja::value::{Kwargs, Rest, Value};
 use minijinja::{Environment, ErrorKind, State};
 use serde::{Deserialize, Serialize};
 
+use crate::json::{self, Json};
 use crate::{Error, Result};
-
-pub use json::Json;
 
 /// The template that is used where a model file has none: ChatML.
 pub const CHATML: &str = "{% for message in messages %}{{ '<|im_start|>' + message.role + '\n' + (message.content or '') + '<|im_end|>' + '\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}";

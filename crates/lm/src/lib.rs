@@ -1,4 +1,4 @@
-//! Language models: tokenizers, chat templates, samplers.
+//! Language models: tokenizers, chat templates, samplers, constrained output.
 //!
 //! ```
 //! use lightering_lm::{Tokenizer, VocabularyData};
@@ -20,12 +20,16 @@
 #![forbid(unsafe_code)]
 
 mod chat;
+mod constraint;
 mod error;
+mod json;
 mod sampler;
 mod tokenizer;
 
-pub use chat::{CHATML, ChatTemplate, Conversation, Json, MAX_TEMPLATE_BYTES, Message};
+pub use chat::{CHATML, ChatTemplate, Conversation, MAX_TEMPLATE_BYTES, Message};
+pub use constraint::{Constraint, Grammar, TokenTable};
 pub use error::{Error, Result};
+pub use json::Json;
 pub use sampler::{
     Candidate, Mirostat, Sampler, SamplerOptions, TokenLogProbability, log_probability, top_log_probabilities,
 };

@@ -28,7 +28,7 @@ pub const MAX_TEXT_BYTES: usize = 1 << 30;
 const SPACE_MARK: char = '\u{2581}';
 
 /// A map whose hash is seeded, so that a vocabulary cannot be written to collide in it.
-type Map<K, V> = std::collections::HashMap<K, V, foldhash::fast::RandomState>;
+pub(crate) type Map<K, V> = std::collections::HashMap<K, V, foldhash::fast::RandomState>;
 
 /// What turns a piece of text without special tokens into ids.
 #[derive(Debug)]

@@ -18,12 +18,12 @@ impl Json {
         serde_json::from_str(text).map_err(|e| Error::invalid("JSON", e, "a JSON value"))
     }
 
-    pub(super) fn value(&self) -> &Value {
+    pub(crate) fn value(&self) -> &Value {
         &self.0
     }
 
     /// A list of tool calls in which arguments that are written as JSON text are objects.
-    pub(super) fn with_parsed_arguments(&self) -> Value {
+    pub(crate) fn with_parsed_arguments(&self) -> Value {
         let parsed = |arguments: &Value| -> Option<Value> {
             let object: Value = serde_json::from_str(arguments.as_str()?).ok()?;
             (object.kind() == ValueKind::Map).then_some(object)
@@ -49,7 +49,7 @@ impl Json {
 }
 
 /// How `json.dumps` writes.
-pub(super) struct Style {
+pub(crate) struct Style {
     indent: Option<usize>,
     item: String,
     key: String,
@@ -77,7 +77,7 @@ impl Style {
 const DEPTH_MAX: usize = 100;
 
 /// Writes a value as JSON.
-pub(super) fn write(value: &Value, style: &Style) -> std::result::Result<String, TemplateError> {
+pub(crate) fn write(value: &Value, style: &Style) -> std::result::Result<String, TemplateError> {
     let mut out = String::new();
     write_value(value, style, 0, &mut out)?;
     Ok(out)
