@@ -11,8 +11,10 @@
 //! Invariants: this crate does no I/O, knows no other crate of the workspace, and cannot fail other than in parsing.
 #![forbid(unsafe_code)]
 
+mod block_format;
 mod dtype;
 mod quantity;
 
+pub use block_format::{BlockFormat, ParseBlockFormatError};
 pub use dtype::{DType, Element};
 pub use quantity::{Bytes, BytesPerSecond, Flops, FlopsPerSecond, Joules, ParseUnitError, Seconds, Watts};
