@@ -3,6 +3,7 @@
 use lightering_engine::EngineError;
 use lightering_graph::GraphError;
 use lightering_meter::MeterError;
+use lightering_units::Bytes;
 use std::fmt::Write as _;
 use std::io;
 use std::process::ExitCode;
@@ -43,6 +44,8 @@ pub struct Failure {
     pub error: anyhow::Error,
     /// A next step.
     pub hint: Option<String>,
+    /// The smallest budget that would do, when that is known.
+    pub smallest: Option<Bytes>,
 }
 
 /// The result of a command.
@@ -51,7 +54,12 @@ pub type Outcome<T = Exit> = Result<T, Failure>;
 impl Failure {
     /// Bad input, with a next step.
     pub fn input(message: impl Into<String>, hint: impl Into<String>) -> Failure {
-        Failure { exit: Exit::Input, error: anyhow::Error::msg(message.into()), hint: Some(hint.into()) }
+        Failure::new(Exit::Input, anyhow::Error::msg(message.into())).or_hint(hint)
+    }
+
+    /// A failure without a next step.
+    pub fn new(exit: Exit, error: anyhow::Error) -> Failure {
+        Failure { exit, error, hint: None, smallest: None }
     }
 
     /// Adds what was being done to the front of the chain.
@@ -64,6 +72,12 @@ impl Failure {
     pub fn or_hint(mut self, hint: impl Into<String>) -> Failure {
         self.hint.get_or_insert_with(|| hint.into());
         self
+    }
+
+    /// Tells the smallest budget that would do, and suggests it.
+    pub fn name_smallest(&mut self, smallest: Bytes) {
+        self.smallest = Some(smallest);
+        self.hint = Some(format!("--memory {}MiB", smallest.0.div_ceil(1 << 20)));
     }
 
     /// True when the reader of our output went away, which is no failure.
@@ -104,6 +118,7 @@ impl Failure {
             "error": self.error.to_string(),
             "because": self.error.chain().skip(1).map(|c| c.to_string()).collect::<Vec<_>>(),
             "try": self.hint,
+            "smallest_memory_bytes": self.smallest,
         })
     }
 }
@@ -111,7 +126,7 @@ impl Failure {
 impl From<anyhow::Error> for Failure {
     fn from(error: anyhow::Error) -> Failure {
         let exit = error.chain().find_map(exit_of).unwrap_or(Exit::Input);
-        Failure { exit, error, hint: None }
+        Failure::new(exit, error)
     }
 }
 
@@ -151,7 +166,6 @@ fn exit_of(cause: &(dyn std::error::Error + 'static)) -> Option<Exit> {
 mod tests {
     use super::*;
     use anyhow::Context;
-    use lightering_units::Bytes;
 
     #[test]
     fn a_refused_reservation_is_exit_3_however_deep_in_the_chain() {

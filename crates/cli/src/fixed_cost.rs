@@ -1,47 +1,55 @@
-//! What the program itself costs: a whole run on a model of a few bytes, in a process of its own.
+//! What the program itself costs: its part of a whole run of the embedded model, in a process of its own.
 
-use crate::failure::{Failure, Outcome};
+use crate::embedded;
+use crate::failure::{Exit, Failure, Outcome};
 use anyhow::Context;
 use lightering_meter::Receipt;
 use lightering_units::Bytes;
 use std::process::{Command, Stdio};
 
-/// One Identity node over one number.
-const IDENTITY: &[u8] = include_bytes!("../../../assets/identity.onnx");
+/// Steps of the figure that is told.
+const ROUNDING: u64 = 256 << 10;
 
-/// Runs this program on a model of a few bytes and tells the peak that the kernel saw.
+/// Runs this program on the embedded model and picture, and tells what of the peak that the kernel saw is the program
+/// and not the model.
 pub fn measure() -> Outcome<Bytes> {
     let folder = TemporaryFolder::new()?;
-    let model = folder.path().join("identity.onnx");
+    let put = |name: &str, bytes: &[u8]| {
+        let path = folder.path().join(name);
+        std::fs::write(&path, bytes).with_context(|| format!("writing {}", path.display())).map(|()| path)
+    };
+    let model = put(embedded::MODEL_NAME, embedded::MODEL)?;
+    let picture = put(embedded::PICTURE_NAME, embedded::PICTURE)?;
     let receipt = folder.path().join("receipt.json");
-    std::fs::write(&model, IDENTITY).with_context(|| format!("writing {}", model.display()))?;
     let program = std::env::current_exe().context("finding this program's own file")?;
     let child = Command::new(&program)
-        .arg("bench")
-        .arg(&model)
-        .args(["--quiet", "--warmup", "0", "--runs", "1", "--receipt"])
+        .args(["run", "--quiet", "--input"])
+        .arg(&picture)
+        .arg("--receipt")
         .arg(&receipt)
+        .arg(&model)
         .stdin(Stdio::null())
         .stdout(Stdio::null())
         .stderr(Stdio::piped())
         .output()
         .with_context(|| format!("running {}", program.display()))?;
     if !child.status.success() {
-        return Err(Failure {
-            exit: crate::failure::Exit::Internal,
-            error: anyhow::anyhow!(
-                "the run that measures the fixed cost failed: {}",
-                String::from_utf8_lossy(&child.stderr).trim()
-            ),
-            hint: None,
-        });
+        let said = String::from_utf8_lossy(&child.stderr);
+        return Err(Failure::new(
+            Exit::Internal,
+            anyhow::anyhow!("the run that measures the fixed cost failed: {}", said.trim()),
+        ));
     }
     let text = std::fs::read_to_string(&receipt).with_context(|| format!("reading {}", receipt.display()))?;
     let receipt: Receipt =
         serde_json::from_str(&text).context("reading the receipt of the run that measures")?;
-    receipt.measured.peak_resident_bytes.ok_or_else(|| {
-        Failure::input("this system does not tell the peak resident memory of a process", "Linux")
-    })
+    // Rounded up: runs differ by some pages.
+    let told = |fixed: Bytes| Bytes(fixed.0 + ROUNDING).align_up(ROUNDING);
+    receipt
+        .measured
+        .fixed_bytes
+        .map(told)
+        .ok_or_else(|| Failure::input("this system does not tell the resident memory of a process", "Linux"))
 }
 
 /// A folder that is removed with its content.

@@ -30,6 +30,7 @@ use std::sync::Mutex;
 static PANIC: Mutex<Option<String>> = Mutex::new(None);
 
 fn main() -> ExitCode {
+    lightering_tier::keep_heap_small();
     std::panic::set_hook(Box::new(|info| {
         if let Ok(mut slot) = PANIC.lock() {
             slot.get_or_insert_with(|| info.to_string());
@@ -63,6 +64,7 @@ fn guard(command: impl FnOnce() -> Outcome) -> Outcome {
                 "this is a bug; please report it with the command line and `lighter --version` ({})",
                 env!("CARGO_PKG_VERSION")
             )),
+            smallest: None,
         })
     })
 }
@@ -74,7 +76,7 @@ fn finish(outcome: Outcome, json: bool) -> Exit {
         Err(failure) => {
             // Nothing can be told to anybody when these writes fail.
             let _ = writeln!(std::io::stderr(), "{}", failure.message());
-            if json {
+            if json && !output::result_written() {
                 let _ = writeln!(std::io::stdout(), "{:#}", failure.json());
             }
             failure.exit

@@ -13,10 +13,10 @@ use lightering_formats::onnx::{self, ModelFile};
 use lightering_graph::{Dim, Graph, TensorType, ValueId, ValueType, cost::graph_cost};
 use lightering_kernels::Isa;
 use lightering_meter::{
-    MachineProfile, MemoryPool, ModelIdentity, PlanStep, PlanSummary, Reservation, SpanTotal, Tier,
-    sha256_file, sha256_hex,
+    MachineProfile, MemoryPool, MeterError, ModelIdentity, PlanStep, PlanSummary, Reservation, SpanTotal,
+    Tier, sha256_file, sha256_hex,
 };
-use lightering_tier::ByteSource;
+use lightering_tier::{ByteSource, release_freed_memory};
 use lightering_units::{Bytes, Flops, Seconds};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -89,6 +89,15 @@ pub struct Model {
     opsets: BTreeMap<String, i64>,
 }
 
+/// What the allocator, the stacks and the tables of threads take beside everything that is counted, and how coarse the
+/// kernel's own count is (it sums up pages in batches per processor): a part that does not depend on the number of
+/// threads, and a part for each.
+const UNCOUNTED: Bytes = Bytes::kib(160);
+const UNCOUNTED_PER_THREAD: Bytes = Bytes::kib(24);
+
+/// A session is planned at most so many times, each time with what the last search left on the heap in mind.
+const PLANS_MAX: u32 = 4;
+
 /// What a plan may use; see the fields of the command line.
 #[derive(Clone, Copy)]
 pub struct Means<'a> {
@@ -100,6 +109,12 @@ pub struct Means<'a> {
     pub pool: &'a MemoryPool,
     /// What the process held before it read anything.
     pub baseline: &'a Baseline,
+}
+
+impl Means<'_> {
+    fn plan_options(&self, budget: Option<Bytes>) -> PlanOptions {
+        PlanOptions { budget, threads: self.threads as usize, profile: self.profile.clone() }
+    }
 }
 
 impl Model {
@@ -125,8 +140,12 @@ impl Model {
         let producer = [file.model.producer_name.as_str(), file.model.producer_version.as_str()].join(" ");
         let imported =
             onnx::import(&file).map_err(|e| Failure::from(e).context(format!("importing {place}")))?;
+        let mut graph = imported.graph;
+        // Types of outputs and the like, as far as they are known before the inputs are; what contradicts itself is
+        // told when it is planned.
+        let _ = graph.infer();
         Ok(Model {
-            graph: imported.graph,
+            graph,
             sources: imported.sources,
             from_file: matches!(source, ModelSource::File(_)),
             producer: producer.trim().to_owned(),
@@ -144,6 +163,11 @@ impl Model {
     /// The graph as imported.
     pub fn graph(&self) -> &Graph {
         &self.graph
+    }
+
+    /// True when a node draws random numbers, so that the answer is another one each time.
+    pub fn is_random(&self) -> bool {
+        self.graph.iter_nodes().any(|(_, node)| node.op.is_random())
     }
 
     /// The program that wrote the model.
@@ -207,6 +231,7 @@ impl Model {
     ) -> Outcome<(Graph, Vec<Arc<dyn ByteSource>>, Bytes)> {
         let bindings = self.bindings(dimensions, inputs);
         prepare(&mut self.graph, &bindings, &self.sources, means.pool, &PrepareOptions::default())?;
+        release_freed_memory();
         // What the readers and passes left on the heap is known only by measuring it; inputs are already counted.
         let inputs: Bytes = inputs.iter().map(|i| i.held.size()).sum();
         let heap = means.baseline.anonymous_since().saturating_sub(inputs);
@@ -216,7 +241,38 @@ impl Model {
             .iter()
             .filter_map(|&v| self.graph.value(v).ty.tensor()?.size_bytes())
             .fold(Bytes::ZERO, |sum, size| sum + Bytes(size as u64));
-        Ok((self.graph, self.sources, heap + copies))
+        let told = means.baseline.beyond_told_fixed_cost(means.profile);
+        Ok((self.graph, self.sources, heap + copies + uncounted(means) + told))
+    }
+
+    /// Adds the smallest budget that would do to the refusal of an input that did not even fit by itself.
+    pub fn with_smallest(
+        self,
+        mut failure: Failure,
+        dimensions: &BTreeMap<String, usize>,
+        means: Means<'_>,
+    ) -> Failure {
+        if failure.exit != Exit::Budget || failure.smallest.is_some() {
+            return failure;
+        }
+        let bindings = self.bindings(dimensions, &[]);
+        let inputs: u64 = bindings.types.iter().filter_map(|(_, ty)| Some(ty.size_bytes()? as u64)).sum();
+        let unbounded = MemoryPool::unbounded();
+        let means = Means { pool: &unbounded, ..means };
+        let Ok((graph, _, held)) = self.prepared(dimensions, &[], means) else { return failure };
+        let options = means.plan_options(Some(Bytes::ZERO));
+        let peak_so_far = means.baseline.peak_so_far();
+        if let Err(EngineError::Budget { smallest, .. }) = plan_graph(&graph, &options) {
+            let reading = match failure.error.chain().find_map(|cause| cause.downcast_ref()) {
+                Some(MeterError::Budget { asked, available, limit, .. }) => {
+                    limit.saturating_sub(*available) + *asked
+                }
+                _ => Bytes::ZERO,
+            };
+            let smallest = (smallest + held + Bytes(inputs)).max(reading).max(peak_so_far);
+            failure.name_smallest(smallest);
+        }
+        failure
     }
 
     /// Plans without allocating.
@@ -234,11 +290,34 @@ impl Model {
         profile: bool,
     ) -> Outcome<Planned> {
         let from_file = self.from_file;
-        let (graph, sources, held) = self.prepared(dimensions, inputs, means)?;
-        let session = planned(means, held, |plan| {
-            Session::new(&graph, sources.clone(), &SessionOptions { plan: plan.clone(), profile })
-        })?;
-        check_planning(means)?;
+        let (graph, sources, mut held) = self.prepared(dimensions, inputs, means)?;
+        let inputs: Bytes = inputs.iter().map(|i| i.held.size()).sum();
+        let limit = means.pool.limit();
+        let mut attempts = 0;
+        let session = loop {
+            attempts += 1;
+            let session = planned(means, held, |plan| {
+                Session::new(&graph, sources.clone(), &SessionOptions { plan: plan.clone(), profile })
+            })?;
+            release_freed_memory();
+            let plan = session.plan();
+            // Of the arena, only the weights that stay have been touched yet; the rest of what came is heap. A plan
+            // of many small steps may take more of it than was foreseen: then plan again in what is left.
+            let resident: Bytes =
+                plan.weights.iter().filter(|w| w.streamed_at.is_none()).map(|w| w.size).sum();
+            let heap = means.baseline.anonymous_since().saturating_sub(inputs + resident);
+            let excess = (heap + uncounted(means)).saturating_sub(held + plan.outside_arena);
+            if limit.is_none() || excess == Bytes::ZERO {
+                break session;
+            }
+            if attempts == PLANS_MAX {
+                let enough = limit.unwrap_or_default() + excess * 2;
+                return Err(refused(means, enough, format!("keeping the plan in mind takes {excess} more")));
+            }
+            held += excess;
+        };
+        drop(graph);
+        release_freed_memory();
         let held = means.pool.reserve("graph, readers and copies of the outputs", held)?;
         let before = means.pool.used();
         Ok(Planned { session, sources, from_file, held_before: before, _held: held, times: Vec::new() })
@@ -269,60 +348,57 @@ impl Model {
     }
 }
 
+/// See [`UNCOUNTED`].
+fn uncounted(means: Means<'_>) -> Bytes {
+    UNCOUNTED + UNCOUNTED_PER_THREAD * u64::from(means.threads)
+}
+
+/// The refusal of a budget that names one that is enough.
+fn refused(means: Means<'_>, smallest: Bytes, why: String) -> Failure {
+    // Reading and rewriting the model have already taken what they need at most.
+    let smallest = smallest.max(means.baseline.peak_so_far());
+    let limit = means.pool.limit().unwrap_or_default();
+    let mut failure = Failure::new(
+        Exit::Budget,
+        anyhow::anyhow!("no plan fits into {limit}: the smallest budget that does is {smallest}; {why}"),
+    );
+    failure.name_smallest(smallest);
+    failure
+}
+
+/// Heap that came since `before` and cannot be given back.
+fn left_behind(means: Means<'_>, before: Bytes) -> Bytes {
+    release_freed_memory();
+    means.baseline.anonymous_since().saturating_sub(before)
+}
+
 /// Plans with what is left of the budget, and tells a refusal in terms of the whole budget.
 fn planned<T>(
     means: Means<'_>,
     held: Bytes,
     plan: impl Fn(&PlanOptions) -> Result<T, EngineError>,
 ) -> Outcome<T> {
-    let held = held + means.pool.used() + UNCOUNTED;
-    let options = |budget: Option<Bytes>| PlanOptions {
-        budget,
-        threads: means.threads as usize,
-        profile: means.profile.clone(),
-    };
-    let left = means.pool.limit().map(|limit| limit.saturating_sub(held));
-    plan(&options(left)).map_err(|error| match error {
-        EngineError::Budget { smallest, at, holders, .. } => {
-            let whole = smallest + held;
-            let typed = Bytes::mib(whole.0.div_ceil(1 << 20));
-            Failure {
-                exit: Exit::Budget,
-                error: anyhow::anyhow!(
-                    "no plan fits into {}: the smallest budget that does is {whole}, of which {held} are the graph, \
-                     the inputs and copies of the outputs; in the way at node {at:?} are {holders}",
-                    means.pool.limit().unwrap_or_default()
-                ),
-                hint: Some(format!("--memory {}MiB", typed.0 >> 20)),
-            }
-        }
-        other => other.into(),
-    })
-}
-
-/// Refuses, before anything runs, a budget that reading, optimizing and planning the model have exceeded already: for
-/// very small models they can take more than the run.
-fn check_planning(means: Means<'_>) -> Outcome<()> {
-    let peak = lightering_meter::process::memory().peak_resident;
-    let fixed = means.baseline.fixed_cost_now(Bytes::ZERO);
-    let (Some(limit), Some(peak), Some(fixed)) = (means.pool.limit(), peak, fixed) else { return Ok(()) };
-    // The kernel's own count lags by some pages per processor.
-    let held = peak.saturating_sub(fixed) + UNCOUNTED;
-    if held <= limit {
-        return Ok(());
-    }
-    let enough = Bytes(held.0 + held.0 / 4).0.div_ceil(1 << 20);
-    Err(Failure {
-        exit: Exit::Budget,
-        error: anyhow::anyhow!(
-            "preparing and planning the model held {held}, more than the budget of {limit}"
+    let held = held + means.pool.used();
+    let limit = means.pool.limit();
+    let options = means.plan_options(limit.map(|limit| limit.saturating_sub(held)));
+    let before = means.baseline.anonymous_since();
+    let planned = plan(&options).map_err(|error| match error {
+        EngineError::Budget { smallest, at, holders, .. } => refused(
+            means,
+            smallest + held + left_behind(means, before),
+            format!(
+                "{held} of it are the graph, the inputs and copies of the outputs; in the way at node {at:?} are {holders}"
+            ),
         ),
-        hint: Some(format!("--memory {enough}MiB")),
-    })
+        other => other.into(),
+    })?;
+    // The search for a plan takes memory, too, and under the smallest budgets more than the run itself.
+    let taken = means.baseline.peak_so_far();
+    if limit.is_some_and(|limit| taken > limit) {
+        return Err(refused(means, taken, format!("reading and planning took {taken}")));
+    }
+    Ok(planned)
 }
-
-/// What threads' stacks and the allocator's rounding take at most, which nothing counts one by one.
-const UNCOUNTED: Bytes = Bytes::kib(192);
 
 /// A model that is planned, loaded and ready to run.
 pub struct Planned {

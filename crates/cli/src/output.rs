@@ -3,7 +3,16 @@
 use crate::failure::Outcome;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use std::io::{self, IsTerminal, Write};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
+
+/// Set once a result is on stdout, where a second JSON document would spoil the first.
+static RESULT_WRITTEN: AtomicBool = AtomicBool::new(false);
+
+/// True when stdout already carries a result.
+pub fn result_written() -> bool {
+    RESULT_WRITTEN.load(Ordering::Relaxed)
+}
 
 /// How the user wants to be answered.
 #[derive(Clone, Copy, Debug)]
@@ -17,6 +26,7 @@ pub struct Output {
 impl Output {
     /// Writes the result: the JSON value with `--json`, else the text.
     pub fn result(&self, json: &impl serde::Serialize, text: &str) -> Outcome<()> {
+        RESULT_WRITTEN.store(true, Ordering::Relaxed);
         let mut out = io::stdout().lock();
         if self.json {
             serde_json::to_writer_pretty(&mut out, json).map_err(io::Error::from)?;

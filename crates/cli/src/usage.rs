@@ -3,10 +3,14 @@
 use crate::failure::Outcome;
 use lightering_meter::{
     Budget, Energy, MachineProfile, MachineSummary, Measured, ModelIdentity, OutputReceipt, PlanSummary,
-    Predicted, PredictionError, ProfileSource, RECEIPT_SCHEMA, Receipt, cgroup, process,
+    Predicted, PredictionError, RECEIPT_SCHEMA, Receipt, cgroup, process,
 };
 use lightering_units::{Bytes, Seconds};
 use std::collections::BTreeMap;
+
+/// Constants of the program, such as tables and messages, that the rest of a run may still touch; its code is resident
+/// from the start.
+const CONSTANTS_TO_COME: Bytes = Bytes::kib(96);
 
 /// What the process held before it opened anything.
 #[derive(Clone, Copy, Debug)]
@@ -17,26 +21,39 @@ pub struct Baseline {
 }
 
 impl Baseline {
-    /// Reads the kernel's counts; call it first thing.
+    /// Makes the program's code resident and reads the kernel's counts; call it first thing.
     pub fn now() -> Baseline {
-        let memory = process::memory();
-        Baseline { anonymous: memory.anonymous, faults: process::page_faults(), cpu: process::cpu_time() }
+        lightering_tier::make_code_resident();
+        let anonymous = process::exact_anonymous().or_else(|| process::memory().anonymous);
+        Baseline { anonymous, faults: process::page_faults(), cpu: process::cpu_time() }
     }
 
     /// Heap that came since: what readers and optimizers left behind.
     pub fn anonymous_since(&self) -> Bytes {
-        let now = process::memory().anonymous;
+        let now = process::exact_anonymous().or_else(|| process::memory().anonymous);
         now.zip(self.anonymous).map_or(Bytes::ZERO, |(now, then)| now.saturating_sub(then))
     }
 
-    /// The fixed cost as assumed just before a run: what `lighter doctor` measured, and at least the code that is
-    /// resident already.
+    /// The fixed cost as assumed just before a run: the code that is resident with what a run adds, or what was told
+    /// about the program where the kernel does not say.
     pub fn fixed_cost_assumed(&self, profile: &MachineProfile, not_code: Bytes) -> Bytes {
-        let measured = match profile.source {
-            ProfileSource::Measured => profile.fixed_cost_bytes,
-            ProfileSource::Default => Bytes::ZERO,
-        };
-        measured.max(self.fixed_cost_now(not_code).unwrap_or(profile.fixed_cost_bytes))
+        let now = self.fixed_cost_now(not_code).map(|now| now + CONSTANTS_TO_COME);
+        now.unwrap_or(profile.fixed_cost_bytes)
+    }
+
+    /// By how much this run's fixed cost may exceed what `lighter doctor` told about the program. A budget is beyond
+    /// the told figure, so the difference counts against it.
+    pub fn beyond_told_fixed_cost(&self, profile: &MachineProfile) -> Bytes {
+        match (profile.measured_fixed_cost(), self.fixed_cost_now(Bytes::ZERO)) {
+            (Some(told), Some(now)) => (now + CONSTANTS_TO_COME).saturating_sub(told),
+            _ => Bytes::ZERO,
+        }
+    }
+
+    /// The most that was held beyond the fixed cost so far; zero where the kernel does not tell.
+    pub fn peak_so_far(&self) -> Bytes {
+        let peak = process::memory().peak_resident.zip(self.fixed_cost_now(Bytes::ZERO));
+        peak.map_or(Bytes::ZERO, |(peak, fixed)| peak.saturating_sub(fixed))
     }
 
     /// Code pages that are resident, and what was held before anything was read.
@@ -201,5 +218,6 @@ pub fn check_budget(receipt: &Receipt) -> Outcome<()> {
         exit: crate::failure::Exit::Missed,
         error: anyhow::anyhow!("the run held {peak}, more than the budget of {limit}"),
         hint: Some("report this with the receipt: a plan that fits must hold".to_owned()),
+        smallest: None,
     })
 }

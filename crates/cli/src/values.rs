@@ -310,11 +310,9 @@ fn read_picture(bytes: &[u8], port: &Port, preprocess: Option<&str>, pool: &Memo
     };
     let spec = complete_spec(&spec, shape);
     let steps: Preprocess = spec.parse()?;
-    let (width, height) = Picture::dimensions(bytes)?;
-    // Eight bits per channel as decoded, and floats while it is worked on.
-    let pixels = u64::from(width) * u64::from(height) * 3;
-    let _decoding = pool.reserve("decoding a picture", Bytes(pixels.saturating_mul(1 + 4)))?;
+    let _decoding = pool.reserve("decoding a picture", Bytes(Picture::decoding_bytes(bytes)?))?;
     let picture = Picture::decode(bytes)?;
+    let _working = pool.reserve("resizing a picture", Bytes(steps.working_bytes(&picture)?))?;
     Ok(steps.apply(&picture)?.tensor)
 }
 

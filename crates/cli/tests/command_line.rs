@@ -58,7 +58,7 @@ fn asset(name: &str) -> String {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../../assets").join(name).to_string_lossy().into_owned()
 }
 
-const MODEL: &str = "mobilenet_v1_0.5_160_quant.onnx";
+const MODEL: &str = "mobilenet_v1_0.75_192_quant.onnx";
 
 /// A .npy file of zeros (or of the given bytes) with this type and shape.
 fn npy(descr: &str, shape: &str, bytes: &[u8]) -> Vec<u8> {
@@ -235,6 +235,8 @@ fn a_run_writes_outputs_compares_and_gives_a_receipt() {
     assert_eq!(written[written.len() - 4..], 1.5f32.to_le_bytes());
     let differs = ["run", &identity, "--input", "x.npy", "--expect", "other.npy"];
     s.check(&differs, 1, &["differs from other.npy", "element [0] is 1.5, expected 1.75"]);
+    let output = s.check(&["run", &identity, "--input", "x.npy", "--expect", "other.npy", "--json"], 1, &[]);
+    assert_eq!(json(&output)["expect"][0]["mismatched"], 1, "one document, the result");
     let tolerated = ["run", &identity, "--input", "x.npy", "--expect", "other.npy", "--atol", "0.3"];
     s.check(&tolerated, 0, &[]);
 }
@@ -247,6 +249,8 @@ fn an_impossible_budget_is_exit_3_and_names_the_smallest() {
     let output = s.check(&arguments, 3, &["1000 B"]);
     assert!(output.stdout.is_empty());
     s.check(&["plan", &model, "--memory", "20kB"], 3, &["--memory"]);
+    let refused = json(&s.check(&["bench", &model, "--memory", "1B", "--json"], 3, &["--memory"]));
+    assert!(refused["smallest_memory_bytes"].as_u64().expect("it is known") > 100_000);
 }
 
 #[test]
@@ -262,10 +266,19 @@ fn plans_are_text_json_and_pictures() {
 }
 
 #[test]
+fn an_8_bit_model_computes_on_bytes_from_end_to_end() {
+    let s = Sandbox::new();
+    let plan = json(&s.check(&["plan", &asset(MODEL), "--json"], 0, &[]));
+    let ops: Vec<&str> =
+        plan["instructions"].as_array().expect("a list").iter().filter_map(|i| i["op"].as_str()).collect();
+    assert!(ops.contains(&"QLinearConv") && !ops.contains(&"Conv"), "{ops:?}");
+}
+
+#[test]
 fn inspecting_tells_ports_operators_and_costs() {
     let s = Sandbox::new();
     let report = json(&s.check(&["inspect", &asset(MODEL), "--json"], 0, &[]));
-    assert_eq!(report["inputs"][0]["type"], "u8[1,160,160,3]");
+    assert_eq!(report["inputs"][0]["type"], "u8[1,192,192,3]");
     assert!(report["ops"]["Conv"].as_u64().expect("a count") > 10);
     assert!(report["costs"]["flops"].as_f64().expect("known sizes") > 1e8);
 }

@@ -49,7 +49,7 @@ impl Shelf {
                 })?;
                 let read = |offset: u64, buffer: &mut [u8]| {
                     source.read_at(stored.offset + offset, buffer).map_err(|error| EngineError::Io {
-                        weight: weight.name.clone(),
+                        weight: weight.name.to_string(),
                         source_name: source.name(),
                         error,
                     })

@@ -45,7 +45,7 @@ pub enum BufferKind {
 /// A range of the arena with a lifetime.
 #[derive(Clone, Debug)]
 pub(crate) struct Buffer {
-    pub name: String,
+    pub name: Arc<str>,
     pub size: usize,
     pub kind: BufferKind,
 }
@@ -68,7 +68,7 @@ pub(crate) enum Storage {
 /// A tensor of the program.
 #[derive(Clone, Debug)]
 pub(crate) struct TensorInfo {
-    pub name: String,
+    pub name: Arc<str>,
     pub dtype: DType,
     pub dims: Vec<usize>,
     pub storage: Storage,
@@ -90,7 +90,7 @@ pub(crate) enum WeightOrigin {
 /// A constant that takes room in the arena.
 #[derive(Clone, Debug)]
 pub(crate) struct Weight {
-    pub name: String,
+    pub name: Arc<str>,
     pub origin: WeightOrigin,
     pub packing: Packing,
     /// Bytes in the arena, packed.
@@ -144,12 +144,14 @@ pub(crate) struct Instruction {
 }
 
 /// Instructions over tensors, buffers and weights.
+///
+/// The planner looks at many programs that differ in a few instructions, so copies share what they have in common.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Program {
-    pub tensors: Vec<TensorInfo>,
+    pub tensors: Vec<Arc<TensorInfo>>,
     pub buffers: Vec<Buffer>,
     pub weights: Vec<Weight>,
-    pub instructions: Vec<Instruction>,
+    pub instructions: Vec<Arc<Instruction>>,
     /// Graph inputs: name, tensor (or heap slot), declared type.
     pub inputs: Vec<Port>,
     /// Graph outputs.
@@ -279,7 +281,8 @@ impl Builder<'_> {
         let v = self.graph.value(value);
         let (dtype, dims) =
             static_type(&v.ty).unwrap_or_else(|| (v.ty.tensor().map_or(DType::U8, |t| t.dtype), Vec::new()));
-        self.program.tensors.push(TensorInfo { name: v.name.clone(), dtype, dims, storage });
+        let name = v.name.as_str().into();
+        self.program.tensors.push(Arc::new(TensorInfo { name, dtype, dims, storage }));
         let tensor = self.program.tensors.len() - 1;
         self.tensor_of[value.index()] = Some(tensor);
         tensor
@@ -290,7 +293,7 @@ impl Builder<'_> {
         let size = v.ty.tensor().and_then(TensorType::size_bytes).filter(|&s| s < isize::MAX as usize / 2);
         let size =
             size.ok_or_else(|| EngineError::Invalid(format!("{:?} ({}) is too large", v.name, v.ty)))?;
-        self.program.buffers.push(Buffer { name: v.name.clone(), size: aligned(size), kind });
+        self.program.buffers.push(Buffer { name: v.name.as_str().into(), size: aligned(size), kind });
         let buffer = self.program.buffers.len() - 1;
         Ok(self.new_tensor(value, Storage::Buffer { buffer, offset: 0 }))
     }
@@ -344,10 +347,10 @@ impl Builder<'_> {
             return Err(EngineError::Invalid(problem));
         }
         let size = aligned(packing.packed_bytes(plain));
-        let name = v.name.clone();
+        let name: Arc<str> = v.name.as_str().into();
         self.program.weights.push(Weight { name: name.clone(), origin, packing: packing.clone(), size });
         let storage = Storage::Weight(self.program.weights.len() - 1);
-        self.program.tensors.push(TensorInfo { name, dtype, dims, storage });
+        self.program.tensors.push(Arc::new(TensorInfo { name, dtype, dims, storage }));
         let tensor = self.program.tensors.len() - 1;
         self.weight_of.insert((value, packing), tensor);
         Ok(tensor)
@@ -416,7 +419,7 @@ impl Builder<'_> {
             _ => lowered.workspace,
         };
         let cost = lightering_graph::cost::node_cost(node, &input_tensors, &output_tensors);
-        self.program.instructions.push(Instruction {
+        self.program.instructions.push(Arc::new(Instruction {
             node: Arc::new(node.clone()),
             kernel: lowered.kernel,
             inputs,
@@ -426,7 +429,7 @@ impl Builder<'_> {
             cost,
             in_place: false,
             origin: 0,
-        });
+        }));
         Ok(())
     }
 
@@ -574,7 +577,7 @@ impl Builder<'_> {
         }
         for (buffer, at) in parts {
             for tensor in &mut self.program.tensors {
-                if let Storage::Buffer { buffer: b, offset } = &mut tensor.storage
+                if let Storage::Buffer { buffer: b, offset } = &mut Arc::make_mut(tensor).storage
                     && *b == buffer
                 {
                     *b = target;
@@ -628,7 +631,7 @@ impl Builder<'_> {
             }
             last_use[from] = last_use[to];
             for tensor in &mut p.tensors {
-                if let Storage::Buffer { buffer, offset: o } = &mut tensor.storage
+                if let Storage::Buffer { buffer, offset: o } = &mut Arc::make_mut(tensor).storage
                     && *buffer == to
                 {
                     *buffer = from;
@@ -636,7 +639,7 @@ impl Builder<'_> {
                 }
             }
             p.buffers[to].size = 0;
-            p.instructions[i].in_place = true;
+            Arc::make_mut(&mut p.instructions[i]).in_place = true;
         }
     }
 }

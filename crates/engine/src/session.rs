@@ -7,7 +7,7 @@ use std::time::Instant;
 use lightering_graph::{Graph, Tensor, TensorType, ValueType};
 use lightering_kernels::ThreadPool;
 use lightering_meter::{MemoryPool, Reservation};
-use lightering_tier::{Arena, ArenaRead, ArenaWrite, ByteSource};
+use lightering_tier::{Arena, ArenaRead, ArenaWrite, ByteSource, release_freed_memory};
 use lightering_units::{Bytes, Seconds};
 
 use crate::kernel::{Call, Kernel};
@@ -118,7 +118,14 @@ pub struct Session {
 /// As [`Session::new`], less what the store or the system may say.
 pub fn plan_graph(graph: &Graph, options: &PlanOptions) -> Result<Plan, EngineError> {
     let program = Program::build(graph, options.threads)?;
-    Ok(plan::plan(program, options)?.plan)
+    Ok(search(program, options)?.plan)
+}
+
+/// Plans, and gives what the search took back to the system instead of keeping it resident beside the arena.
+fn search(program: Program, options: &PlanOptions) -> Result<Layout, EngineError> {
+    let layout = plan::plan(program, options);
+    release_freed_memory();
+    layout
 }
 
 impl Session {
@@ -134,7 +141,7 @@ impl Session {
         options: &SessionOptions,
     ) -> Result<Session, EngineError> {
         let program = Program::build(graph, options.plan.threads)?;
-        let Layout { program, assignment, plan } = plan::plan(program, &options.plan)?;
+        let Layout { program, assignment, plan } = search(program, &options.plan)?;
         let memory = MemoryPool::new(options.plan.budget);
         let refused = |e: lightering_meter::MeterError| EngineError::Internal(e.to_string());
         let reserved = vec![

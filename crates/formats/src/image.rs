@@ -9,13 +9,15 @@
 //! assert!(prepared.tensor.as_slice::<f32>().iter().all(|v| *v == 1.0));
 //! ```
 
+use std::borrow::Cow;
+use std::collections::VecDeque;
 use std::fmt;
 use std::io::Cursor;
 use std::str::FromStr;
 
 use ::image::{ImageDecoder, ImageReader, metadata::Orientation};
 
-use lightering_graph::Tensor;
+use lightering_graph::{DType, Tensor};
 
 use crate::{Error, Result};
 
@@ -82,17 +84,24 @@ impl Picture {
         Picture::from_rgb(rgb.width(), rgb.height(), rgb.into_raw())
     }
 
-    /// Width and height that the picture says it has, so that memory can be asked for before it is decoded.
-    pub fn dimensions(bytes: &[u8]) -> Result<(u32, u32)> {
+    /// Bytes that [`decode`](Self::decode) will hold at its peak, the encoded bytes not counted, so that memory can be
+    /// asked for before a picture is decoded.
+    pub fn decoding_bytes(bytes: &[u8]) -> Result<u64> {
         let reader = ImageReader::new(Cursor::new(bytes))
             .with_guessed_format()
             .map_err(|e| Error::io("picture", e))?;
         if reader.format().is_none() {
             return Err(Error::invalid("picture", "an unknown format", "PNG, JPEG, BMP, GIF or WebP"));
         }
-        let (width, height) = reader.into_dimensions().map_err(|e| Error::corrupt("picture", e))?;
+        let mut decoder = reader.into_decoder().map_err(|e| Error::corrupt("picture", e))?;
+        let (width, height) = decoder.dimensions();
         check_size("picture", u64::from(width), u64::from(height))?;
-        Ok((width, height))
+        let rgb = u64::from(width) * u64::from(height) * 3;
+        let turned = decoder.orientation().unwrap_or(Orientation::NoTransforms) != Orientation::NoTransforms;
+        let copy = if turned || decoder.color_type() != ::image::ColorType::Rgb8 { rgb } else { 0 };
+        // A progressive JPEG keeps the coefficients of the whole picture, two bytes each, until its last scan.
+        let coefficients = if is_progressive_jpeg(bytes) { 2 * rgb } else { 0 };
+        Ok(decoder.total_bytes().saturating_add(copy).saturating_add(coefficients))
     }
 
     /// Width in pixels.
@@ -109,6 +118,24 @@ impl Picture {
     pub fn rgb(&self) -> &[u8] {
         &self.rgb
     }
+}
+
+/// Looks for the frame header among the marker segments before the first scan.
+fn is_progressive_jpeg(bytes: &[u8]) -> bool {
+    let mut rest = match bytes {
+        [0xff, 0xd8, rest @ ..] => rest,
+        _ => return false,
+    };
+    while let [0xff, marker, high, low, ..] = *rest {
+        match marker {
+            0xc2 | 0xc6 | 0xca | 0xce => return true,
+            0xda => return false,
+            _ => {}
+        }
+        let length = usize::from(u16::from_be_bytes([high, low]));
+        rest = rest.get(2 + length..).unwrap_or_default();
+    }
+    false
 }
 
 fn check_size(place: &str, width: u64, height: u64) -> Result<()> {
@@ -406,9 +433,10 @@ struct Plane<'a> {
     values: Values<'a>,
 }
 
-/// The original stays in bytes: in floats, a photograph alone would take hundreds of megabytes.
+/// The original stays in bytes: in floats, a photograph alone would take hundreds of megabytes. So does a result that
+/// leaves as bytes anyway.
 enum Values<'a> {
-    Bytes(&'a [u8]),
+    Bytes(Cow<'a, [u8]>),
     Floats(Vec<f32>),
 }
 
@@ -436,6 +464,59 @@ impl Preprocess {
         self.crop.unwrap_or(size)
     }
 
+    /// The size to which a picture is scaled to fit into, or to cover, `to`.
+    fn scaled(&self, from: (u32, u32), to: (u32, u32)) -> (u32, u32) {
+        let ratios = (f64::from(to.0) / f64::from(from.0), f64::from(to.1) / f64::from(from.1));
+        let side = |ratio: f64, length: u32| (ratio * f64::from(length)).round().clamp(1.0, 4e9) as u32;
+        match self.fit {
+            Fit::Stretch => to,
+            Fit::Cover => {
+                let ratio = ratios.0.max(ratios.1);
+                (side(ratio, from.0).max(to.0), side(ratio, from.1).max(to.1))
+            }
+            Fit::Letterbox => {
+                let ratio = ratios.0.min(ratios.1);
+                (side(ratio, from.0).min(to.0), side(ratio, from.1).min(to.1))
+            }
+        }
+    }
+
+    /// Whether pixels leave as they are, so that they may be rounded as soon as they have their last size.
+    fn rounds_early(&self) -> bool {
+        let unchanged = self.scale == 1.0 && self.mean == [0.0; 3] && self.std == [1.0; 3];
+        unchanged && self.dtype == Output::U8 && self.order != Order::Gray
+    }
+
+    /// Bytes that [`apply`](Self::apply) holds at its peak beside the picture, the result included.
+    pub fn working_bytes(&self, picture: &Picture) -> Result<u64> {
+        let bytes = |size: (u32, u32), per_value: u64| u64::from(size.0) * u64::from(size.1) * 3 * per_value;
+        let mut size = (picture.width, picture.height);
+        // What lies in memory after each step; only neighbours exist together.
+        let mut steps = vec![0];
+        let mut step = |size: &mut (u32, u32), to: (u32, u32), per_value: u64| {
+            if *size != to {
+                steps.push(bytes(to, per_value));
+            }
+            *size = to;
+        };
+        let last = if self.rounds_early() { 1 } else { 4 };
+        if let Some(short) = self.short {
+            let to = scaled_short(size, short);
+            step(&mut size, to, if self.resize.is_none() { last } else { 4 });
+        }
+        if let Some(to) = self.resize {
+            let scaled = self.scaled(size, to);
+            step(&mut size, scaled, last);
+            step(&mut size, to, 4);
+        }
+        if let Some(to) = self.crop {
+            step(&mut size, to, 4);
+        }
+        check_size("preprocessing", u64::from(size.0), u64::from(size.1))?;
+        steps.push(bytes(size, if self.dtype == Output::U8 { 1 } else { 4 }));
+        Ok(steps.windows(2).map(|pair| pair[0].saturating_add(pair[1])).max().unwrap_or(0))
+    }
+
     /// Does all that is declared.
     pub fn apply(&self, picture: &Picture) -> Result<Prepared> {
         let (out_width, out_height) = self.output_size(picture.width, picture.height);
@@ -443,43 +524,35 @@ impl Preprocess {
         let mut plane = Plane {
             width: picture.width as usize,
             height: picture.height as usize,
-            values: Values::Bytes(&picture.rgb),
+            values: Values::Bytes(Cow::Borrowed(&picture.rgb)),
         };
+        let rounded = self.rounds_early();
         let mut scale = (1.0f32, 1.0f32);
         let mut offset = (0.0f32, 0.0f32);
-        let mut rescale =
-            |plane: &mut Plane, width: u32, height: u32, offset: &mut (f32, f32)| -> Result<()> {
-                check_size("preprocessing", u64::from(width), u64::from(height))?;
-                let factor = (width as f32 / plane.width as f32, height as f32 / plane.height as f32);
-                scale = (scale.0 * factor.0, scale.1 * factor.1);
-                *offset = (offset.0 * factor.0, offset.1 * factor.1);
-                if (plane.width, plane.height) != (width as usize, height as usize) {
-                    *plane = resize(plane, width as usize, height as usize, self.filter, self.antialias);
-                }
-                Ok(())
-            };
+        let mut rescale = |plane: &mut Plane,
+                           width: u32,
+                           height: u32,
+                           offset: &mut (f32, f32),
+                           rounded: bool|
+         -> Result<()> {
+            check_size("preprocessing", u64::from(width), u64::from(height))?;
+            let factor = (width as f32 / plane.width as f32, height as f32 / plane.height as f32);
+            scale = (scale.0 * factor.0, scale.1 * factor.1);
+            *offset = (offset.0 * factor.0, offset.1 * factor.1);
+            if (plane.width, plane.height) != (width as usize, height as usize) {
+                *plane = resize(plane, width as usize, height as usize, self.filter, self.antialias, rounded);
+            }
+            Ok(())
+        };
         if let Some(short) = self.short {
             let (width, height) = scaled_short((picture.width, picture.height), short);
-            rescale(&mut plane, width, height, &mut offset)?;
+            rescale(&mut plane, width, height, &mut offset, rounded && self.resize.is_none())?;
         }
         if let Some((width, height)) = self.resize {
-            let (from_width, from_height) = (plane.width as f64, plane.height as f64);
-            let ratios = (f64::from(width) / from_width, f64::from(height) / from_height);
-            let side = |ratio: f64, length: f64| (ratio * length).round().clamp(1.0, 4e9) as u32;
-            match self.fit {
-                Fit::Stretch => rescale(&mut plane, width, height, &mut offset)?,
-                Fit::Cover => {
-                    let ratio = ratios.0.max(ratios.1);
-                    let (w, h) = (side(ratio, from_width).max(width), side(ratio, from_height).max(height));
-                    rescale(&mut plane, w, h, &mut offset)?;
-                    recentre(&mut plane, width, height, self.pad, &mut offset);
-                }
-                Fit::Letterbox => {
-                    let ratio = ratios.0.min(ratios.1);
-                    let (w, h) = (side(ratio, from_width).min(width), side(ratio, from_height).min(height));
-                    rescale(&mut plane, w, h, &mut offset)?;
-                    recentre(&mut plane, width, height, self.pad, &mut offset);
-                }
+            let (w, h) = self.scaled((plane.width as u32, plane.height as u32), (width, height));
+            rescale(&mut plane, w, h, &mut offset, rounded)?;
+            if self.fit != Fit::Stretch {
+                recentre(&mut plane, width, height, self.pad, &mut offset);
             }
         }
         if let Some((width, height)) = self.crop {
@@ -493,37 +566,46 @@ impl Preprocess {
         let pixels = height * width;
         let channel_count = if self.order == Order::Gray { 1 } else { 3 };
         let channels_last = matches!(self.layout, Layout::Nhwc | Layout::Hwc);
-        let mut values = vec![0f32; pixels * channel_count];
-        let mut row = vec![0f32; width * 3];
-        for y in 0..height {
-            plane.copy_row(0, y, &mut row);
-            for (x, pixel) in row.chunks_exact(3).enumerate() {
-                let index = y * width + x;
-                for c in 0..channel_count {
-                    let v = match self.order {
-                        Order::Rgb => pixel[c],
-                        Order::Bgr => pixel[2 - c],
-                        Order::Gray => 0.299 * pixel[0] + 0.587 * pixel[1] + 0.114 * pixel[2],
-                    };
-                    let at = if channels_last { index * channel_count + c } else { c * pixels + index };
-                    values[at] = (v / self.scale - self.mean[c]) / self.std[c];
-                }
-            }
-        }
         let shape: &[usize] = match self.layout {
             Layout::Nchw => &[1, channel_count, height, width],
             Layout::Nhwc => &[1, height, width, channel_count],
             Layout::Chw => &[channel_count, height, width],
             Layout::Hwc => &[height, width, channel_count],
         };
+        let mut row = vec![0f32; width * 3];
+        let mut each = |put: &mut dyn FnMut(usize, f32)| {
+            for y in 0..height {
+                plane.copy_row(0, y, &mut row);
+                for (x, pixel) in row.chunks_exact(3).enumerate() {
+                    let index = y * width + x;
+                    for c in 0..channel_count {
+                        let v = match self.order {
+                            Order::Rgb => pixel[c],
+                            Order::Bgr => pixel[2 - c],
+                            Order::Gray => 0.299 * pixel[0] + 0.587 * pixel[1] + 0.114 * pixel[2],
+                        };
+                        let at = if channels_last { index * channel_count + c } else { c * pixels + index };
+                        put(at, (v / self.scale - self.mean[c]) / self.std[c]);
+                    }
+                }
+            }
+        };
+        let dtype = match self.dtype {
+            Output::F32 => DType::F32,
+            Output::U8 => DType::U8,
+        };
+        let mut tensor = Tensor::zeros(dtype, shape);
         match self.dtype {
-            Output::F32 => Ok(Tensor::from_slice(shape, &values)),
+            Output::F32 => {
+                let values = tensor.as_mut_slice::<f32>();
+                each(&mut |at, v| values[at] = v);
+            }
             Output::U8 => {
-                let bytes: Vec<u8> =
-                    values.iter().map(|v| v.round_ties_even().clamp(0.0, 255.0) as u8).collect();
-                Ok(Tensor::from_slice(shape, &bytes))
+                let values = tensor.as_mut_slice::<u8>();
+                each(&mut |at, v| values[at] = v.round_ties_even().clamp(0.0, 255.0) as u8);
             }
         }
+        Ok(tensor)
     }
 }
 
@@ -632,20 +714,52 @@ fn add_row(out: &mut [f32], weight: f32, row: &[f32]) {
     out.iter_mut().zip(row).for_each(|(out, v)| *out += weight * v);
 }
 
-/// Resizes row by row, so that nothing of the size of both pictures is ever in memory.
-fn resize(plane: &Plane, width: usize, height: usize, filter: Filter, antialias: bool) -> Plane<'static> {
+/// The rows of a picture that is being made, from the top.
+struct Rows {
+    values: Values<'static>,
+}
+
+impl Rows {
+    fn push(&mut self, row: &[f32]) {
+        // Cubic filters overshoot; a pixel stays a pixel.
+        let pixels = row.iter().map(|v| v.clamp(0.0, 255.0));
+        match &mut self.values {
+            Values::Bytes(bytes) => bytes.to_mut().extend(pixels.map(|v| v.round_ties_even() as u8)),
+            Values::Floats(floats) => floats.extend(pixels),
+        }
+    }
+}
+
+/// Resizes row by row, so that nothing of the size of both pictures is ever in memory; to whole numbers if `rounded`.
+fn resize(
+    plane: &Plane,
+    width: usize,
+    height: usize,
+    filter: Filter,
+    antialias: bool,
+    rounded: bool,
+) -> Plane<'static> {
     let horizontal = weights(plane.width, width, filter, antialias);
     let vertical = weights(plane.height, height, filter, antialias);
     let mut source = vec![0f32; plane.width * 3];
-    let mut values = vec![0f32; width * height * 3];
+    let size = width * height * 3;
+    let values = if rounded {
+        Values::Bytes(Cow::Owned(Vec::with_capacity(size)))
+    } else {
+        Values::Floats(Vec::with_capacity(size))
+    };
+    let mut rows = Rows { values };
     // Rows first, as everybody does it; only where that would take far longer (a tall picture made wide) columns first.
     // One of the two is always quick, because both pictures are limited.
     if plane.height * width <= 16 * (height * plane.width).max(1 << 20) {
         let mut narrowed = vec![0f32; width * 3];
-        // First and last positions rise with the row of the result, so the rows that use a source row are neighbours.
+        // First and last positions rise with the row of the result, so the rows that use a source row are neighbours:
+        // those from `done` on that have begun.
         let mut done = 0;
+        let mut begun: VecDeque<Vec<f32>> = VecDeque::new();
         for y in 0..plane.height {
             while done < height && vertical[done].0 + vertical[done].1.len() <= y {
+                rows.push(&begun.pop_front().unwrap_or_else(|| vec![0f32; width * 3]));
                 done += 1;
             }
             if done == height {
@@ -656,27 +770,32 @@ fn resize(plane: &Plane, width: usize, height: usize, filter: Filter, antialias:
             }
             plane.copy_row(0, y, &mut source);
             resize_row(&source, &horizontal, &mut narrowed);
-            for (target, (first, taps)) in
-                vertical.iter().enumerate().skip(done).take_while(|(_, v)| v.0 <= y)
-            {
+            let open = vertical[done..].iter().take_while(|v| v.0 <= y);
+            for (index, (first, taps)) in open.enumerate() {
+                if begun.len() <= index {
+                    begun.push_back(vec![0f32; width * 3]);
+                }
                 let Some(weight) = taps.get(y - first) else { continue };
-                add_row(&mut values[target * width * 3..][..width * 3], *weight, &narrowed);
+                add_row(&mut begun[index], *weight, &narrowed);
             }
+        }
+        for _ in done..height {
+            rows.push(&begun.pop_front().unwrap_or_else(|| vec![0f32; width * 3]));
         }
     } else {
         let mut column_sums = vec![0f32; plane.width * 3];
-        for ((first, taps), out) in vertical.iter().zip(values.chunks_exact_mut(width * 3)) {
+        let mut out = vec![0f32; width * 3];
+        for (first, taps) in &vertical {
             column_sums.fill(0.0);
             for (step, weight) in taps.iter().enumerate() {
                 plane.copy_row(0, first + step, &mut source);
                 add_row(&mut column_sums, *weight, &source);
             }
-            resize_row(&column_sums, &horizontal, out);
+            resize_row(&column_sums, &horizontal, &mut out);
+            rows.push(&out);
         }
     }
-    // Cubic filters overshoot; a pixel stays a pixel.
-    values.iter_mut().for_each(|v| *v = v.clamp(0.0, 255.0));
-    Plane { width, height, values: Values::Floats(values) }
+    Plane { width, height, values: rows.values }
 }
 
 #[cfg(test)]
@@ -711,7 +830,7 @@ mod tests {
         }
         let jpeg = Picture::decode(&encode(::image::ImageFormat::Jpeg)).unwrap();
         assert_eq!((jpeg.width(), jpeg.height()), (20, 10));
-        assert_eq!(Picture::dimensions(&encode(::image::ImageFormat::Jpeg)).unwrap(), (20, 10));
+        assert_eq!(Picture::decoding_bytes(&encode(::image::ImageFormat::Jpeg)).unwrap(), 600);
     }
 
     #[test]
@@ -732,8 +851,22 @@ mod tests {
         png[29..33].copy_from_slice(&crc.to_be_bytes());
         let error = Picture::decode(&png).unwrap_err();
         assert!(matches!(error, Error::Limit { .. }), "{error}");
-        assert!(matches!(Picture::dimensions(&png), Err(Error::Limit { .. })));
-        assert!(matches!(Picture::dimensions(b"plain text"), Err(Error::Invalid { .. })));
+        assert!(matches!(Picture::decoding_bytes(&png), Err(Error::Limit { .. })));
+        assert!(matches!(Picture::decoding_bytes(b"plain text"), Err(Error::Invalid { .. })));
+    }
+
+    #[test]
+    fn a_progressive_jpeg_is_told_by_its_frame_header() {
+        let baseline = encode(::image::ImageFormat::Jpeg);
+        assert!(!is_progressive_jpeg(&baseline));
+        let mut progressive = baseline.clone();
+        let frame = progressive.windows(2).position(|w| w == [0xff, 0xc0]).unwrap();
+        progressive[frame + 1] = 0xc2;
+        assert!(is_progressive_jpeg(&progressive));
+        for end in 0..40 {
+            assert!(!is_progressive_jpeg(&progressive[..end.min(frame)]), "cut at {end}");
+        }
+        assert!(!is_progressive_jpeg(&[0xff, 0xd8, 0xff, 0xe0, 0, 0, 0xff, 0xe0, 0, 0]));
     }
 
     fn crc32(bytes: &[u8]) -> u32 {

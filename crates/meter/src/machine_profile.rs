@@ -103,11 +103,22 @@ pub struct MachineProfile {
     pub gemm_int8: Vec<ComputeRate>,
     /// Disk reads.
     pub disk: Vec<DiskRate>,
-    /// Resident memory of the program on a model of a few bytes: the part that no budget counts.
+    /// Resident memory of the program itself, its code and what it holds before it reads a model: the part that no
+    /// budget counts.
     pub fixed_cost_bytes: Bytes,
+    /// Size of the program's file when that was measured: another build has another fixed cost.
+    #[serde(default)]
+    pub program_bytes: Bytes,
 }
 
 impl MachineProfile {
+    /// The fixed cost as measured for this very build; `None` when it was assumed, or measured for another one.
+    pub fn measured_fixed_cost(&self) -> Option<Bytes> {
+        let same =
+            self.program_bytes != Bytes::ZERO && crate::process::program_bytes() == Some(self.program_bytes);
+        (self.source == ProfileSource::Measured && same).then_some(self.fixed_cost_bytes)
+    }
+
     /// Figures that nearly every machine reaches, with this machine's own cores, memory and caches.
     pub fn conservative() -> MachineProfile {
         let disk = |pattern, direct, block_bytes, megabytes: f64| DiskRate {
@@ -140,6 +151,7 @@ impl MachineProfile {
                 disk(Random, true, Bytes::mib(1), 100.0),
             ],
             fixed_cost_bytes: FIXED_COST_LIMIT,
+            program_bytes: Bytes::ZERO,
         }
     }
 

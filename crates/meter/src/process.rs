@@ -67,11 +67,26 @@ pub fn reset_peak_resident() -> Result<(), MeterError> {
 
 /// Resident memory counted page by page (`/proc/self/smaps_rollup`), slower than [`memory`] and exact.
 pub fn exact_resident() -> Option<Bytes> {
+    exact("Rss:")
+}
+
+/// The part of [`exact_resident`] that is not backed by a file: heap, stacks, arenas.
+pub fn exact_anonymous() -> Option<Bytes> {
+    exact("Anonymous:")
+}
+
+fn exact(field: &str) -> Option<Bytes> {
     let text = std::fs::read_to_string("/proc/self/smaps_rollup").ok()?;
     text.lines().find_map(|line| {
-        let kib: u64 = line.strip_prefix("Rss:")?.trim().strip_suffix("kB")?.trim().parse().ok()?;
+        let kib: u64 = line.strip_prefix(field)?.trim().strip_suffix("kB")?.trim().parse().ok()?;
         Some(Bytes(kib * 1024))
     })
+}
+
+/// Size of the program's file.
+pub fn program_bytes() -> Option<Bytes> {
+    let executable = std::env::current_exe().ok()?;
+    Some(Bytes(std::fs::metadata(executable).ok()?.len()))
 }
 
 /// Resident pages of the program file itself and of its shared libraries, without other mapped files.

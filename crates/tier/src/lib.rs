@@ -9,12 +9,14 @@
 //! ```
 //!
 //! Invariants: this crate knows nothing of graphs, tensors or file formats; it moves ranges of bytes. Its only
-//! unsafe code is the arena and the call that gives freed memory back.
+//! unsafe code is the arena and the calls to the system that keep the resident memory known.
 
 mod arena;
+mod code;
 mod release;
 mod source;
 
 pub use arena::{ARENA_ALIGNMENT, Arena, ArenaConflict, ArenaRead, ArenaWrite};
-pub use release::release_freed_memory;
+pub use code::make_code_resident;
+pub use release::{keep_heap_small, release_freed_memory};
 pub use source::{ByteSource, FileSource};

@@ -42,16 +42,15 @@ pub fn run(arguments: &BenchArguments, output: Output) -> Outcome {
     let load = Stopwatch::start();
     let model = Model::open(&source)?;
     let ports = model.inputs();
-    let mut inputs =
-        values::load_inputs(&arguments.input.inputs, &ports, arguments.input.preprocess.as_deref(), &pool)?;
-    let dimensions = values::bind_dimensions(&resources.dimensions, &inputs, &ports)?;
-    for port in &ports {
-        if inputs.iter().all(|i| i.name != port.name) {
-            inputs.push(generate(port, &dimensions, &pool)?);
-        }
-    }
     let threads = resources.threads.unwrap_or_else(lightering_meter::host::cores);
     let means = Means { threads, profile: &profile, pool: &pool, baseline: &baseline };
+    let (inputs, dimensions) = match load_inputs(arguments, &ports, &pool) {
+        Ok(loaded) => loaded,
+        Err(failure) => {
+            let given = values::bind_dimensions(&resources.dimensions, &[], &ports)?;
+            return Err(model.with_smallest(failure, &given, means));
+        }
+    };
     let mut session = model.plan(&dimensions, &inputs, means, false)?;
     let load_seconds = load.elapsed();
 
@@ -125,6 +124,23 @@ pub fn run(arguments: &BenchArguments, output: Output) -> Outcome {
     output.result(&report, &text)?;
     usage::check_budget(&report.receipt)?;
     Ok(Exit::Done)
+}
+
+/// Reads the inputs that were given and fills the others; also tells the sizes of named dimensions.
+fn load_inputs(
+    arguments: &BenchArguments,
+    ports: &[Port],
+    pool: &MemoryPool,
+) -> Outcome<(Vec<LoadedInput>, BTreeMap<String, usize>)> {
+    let preprocess = arguments.input.preprocess.as_deref();
+    let mut inputs = values::load_inputs(&arguments.input.inputs, ports, preprocess, pool)?;
+    let dimensions = values::bind_dimensions(&arguments.resources.dimensions, &inputs, ports)?;
+    for port in ports {
+        if inputs.iter().all(|i| i.name != port.name) {
+            inputs.push(generate(port, &dimensions, pool)?);
+        }
+    }
+    Ok((inputs, dimensions))
 }
 
 /// The value below which the fraction `q` of sorted times lies (nearest rank).

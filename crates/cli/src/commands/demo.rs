@@ -13,6 +13,9 @@ use std::fmt::Write as _;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
+/// The smallest budget is rounded up to a multiple of this, because what the heap holds varies a little.
+const ROUNDING: u64 = 128 << 10;
+
 /// What this command reads of the answer of `lighter run --json`.
 #[derive(Debug, Deserialize)]
 struct Answer {
@@ -56,38 +59,28 @@ pub fn run(arguments: &DemoArguments, output: Output) -> Outcome {
     let peak =
         resident.receipt.measured.peak_beyond_fixed_bytes.unwrap_or(resident.receipt.predicted.planned_bytes);
     let mut answers = vec![resident];
-    let mut names = vec!["resident".to_owned()];
-    let mut refusals = Vec::new();
-    for (divisor, name) in [(2, "half"), (4, "a quarter")] {
+    let mut names = vec!["resident"];
+    let mut refusals = String::new();
+    for (divisor, name) in [(2, "half"), (4, "quarter")] {
         progress.inc(1);
         progress.set_message(name);
-        let mut budget = Bytes(peak.0 / divisor);
-        loop {
-            match answer(arguments, folder.path(), Some(budget)) {
-                Ok(answer) => {
-                    let share = budget.0 as f64 / peak.0 as f64 * 100.0;
-                    names.push(if budget.0 == peak.0 / divisor {
-                        name.to_owned()
-                    } else {
-                        format!("{share:.0} %")
-                    });
-                    answers.push(answer);
-                    break;
+        let budget = Bytes(peak.0 / divisor);
+        match answer(arguments, folder.path(), Some(budget)) {
+            // A refusal names the smallest budget that does: say so, and show that one rather than nothing.
+            Err(Failure { exit: Exit::Budget, smallest: Some(smallest), .. }) => {
+                // Writing to a String cannot fail.
+                let _ = writeln!(
+                    refusals,
+                    "{name} ({budget}) is refused before anything runs: the smallest budget with a plan is {smallest}"
+                );
+                if !names.contains(&"smallest") {
+                    answers.push(answer(arguments, folder.path(), Some(smallest.align_up(ROUNDING)))?);
+                    names.push("smallest");
                 }
-                // Refused before it started, or a model so small that planning itself holds more: said below, and
-                // the next larger budget is tried.
-                Err(failure) if matches!(failure.exit, Exit::Budget | Exit::Missed) && budget < peak => {
-                    if budget.0 == peak.0 / divisor {
-                        let why = if failure.exit == Exit::Budget {
-                            "was refused before anything ran: no plan fits"
-                        } else {
-                            "was not held: for a model this small, planning takes more than running"
-                        };
-                        refusals.push(format!("{name} ({budget}) {why}"));
-                    }
-                    budget = Bytes(budget.0 + budget.0 / 16);
-                }
-                Err(failure) => return Err(failure),
+            }
+            other => {
+                answers.push(other?);
+                names.push(name);
             }
         }
     }
@@ -103,10 +96,10 @@ pub fn run(arguments: &DemoArguments, output: Output) -> Outcome {
     });
 
     let mut table = Table::new(&["run", ">budget", ">planned", ">measured", ">time", "bits", "plan"]);
-    for (answer, name) in answers.iter().zip(&names) {
+    for (answer, name) in answers.iter().zip(names) {
         let receipt = &answer.receipt;
         table.row([
-            name.clone(),
+            name.to_owned(),
             receipt.budget.memory_bytes.map_or("none".to_owned(), |b| b.to_string()),
             receipt.predicted.planned_bytes.to_string(),
             receipt.measured.peak_beyond_fixed_bytes.map_or("unavailable".to_owned(), |b| b.to_string()),
@@ -119,9 +112,7 @@ pub fn run(arguments: &DemoArguments, output: Output) -> Outcome {
     // Writing to a String cannot fail.
     let _ = writeln!(text, "{} on {}: {said}\n", embedded::MODEL_NAME, embedded::PICTURE_NAME);
     text.push_str(&table.text());
-    for refusal in &refusals {
-        let _ = writeln!(text, "{refusal}");
-    }
+    text.push_str(&refusals);
     let fixed = answers[0].receipt.measured.fixed_bytes.unwrap_or_default();
     let _ = writeln!(
         text,
@@ -139,6 +130,7 @@ pub fn run(arguments: &DemoArguments, output: Output) -> Outcome {
             exit: Exit::Missed,
             error: anyhow::anyhow!("the runs do not give the same bits"),
             hint: Some("this is a bug; please report it with the receipts (--json)".to_owned()),
+            smallest: None,
         });
     }
     Ok(Exit::Done)
@@ -171,7 +163,10 @@ fn answer(arguments: &DemoArguments, folder: &Path, memory: Option<Bytes>) -> Ou
             _ => Exit::Internal,
         };
         let why = String::from_utf8_lossy(&child.stderr).trim().trim_start_matches("error: ").to_owned();
-        return Err(Failure { exit, error: anyhow::anyhow!("the run {budget} failed: {why}"), hint: None });
+        let mut failure = Failure::new(exit, anyhow::anyhow!("the run {budget} failed: {why}"));
+        let told: Option<serde_json::Value> = serde_json::from_slice(&child.stdout).ok();
+        failure.smallest = told.and_then(|t| t["smallest_memory_bytes"].as_u64()).map(Bytes);
+        return Err(failure);
     }
     let answer = serde_json::from_slice(&child.stdout)
         .with_context(|| format!("reading the answer of the run {budget}"))?;

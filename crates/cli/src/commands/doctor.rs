@@ -56,6 +56,7 @@ pub fn run(arguments: &DoctorArguments, output: Output) -> Outcome {
         gemm_int8,
         disk,
         fixed_cost_bytes,
+        program_bytes: lightering_meter::process::program_bytes().unwrap_or_default(),
     };
     if let Some(path) = &path {
         profile.save(path)?;
@@ -73,6 +74,7 @@ pub fn run(arguments: &DoctorArguments, output: Output) -> Outcome {
                 "the program itself holds {fixed_cost_bytes}, more than {FIXED_COST_LIMIT}"
             ),
             hint: Some("a release build; a debug build maps more code".to_owned()),
+            smallest: None,
         });
     }
     Ok(Exit::Done)

@@ -70,21 +70,22 @@ pub fn run(arguments: &RunArguments, output: Output) -> Outcome {
         None => ModelSource::Embedded,
     };
 
+    // An embedded model becomes resident page by page as it is read.
+    let _embedded = pool.reserve("embedded model", source.embedded_bytes())?;
     let load = Stopwatch::start();
     progress.set_message("reading the model");
     let model = Model::open(&source)?;
     let ports = model.inputs();
     progress.set_message("reading the inputs");
-    let mut inputs =
-        values::load_inputs(&arguments.input.inputs, &ports, arguments.input.preprocess.as_deref(), &pool)?;
-    if inputs.is_empty() && arguments.model.is_none() {
-        let port =
-            ports.first().ok_or_else(|| Failure::input("the embedded model has no input", "a new build"))?;
-        let picture = InputBytes::Embedded(embedded::PICTURE, embedded::PICTURE_NAME);
-        let value = values::read(&picture, port, arguments.input.preprocess.as_deref(), &pool)?;
-        let held = pool.reserve(format!("input {}", port.name), values::size_of_value(&value))?;
-        inputs.push(values::LoadedInput { name: port.name.clone(), value, held });
-    }
+    let threads = resources.threads.unwrap_or_else(lightering_meter::host::cores);
+    let means = Means { threads, profile: &profile, pool: &pool, baseline: &baseline };
+    let inputs = match load_inputs(arguments, &ports, &pool) {
+        Ok(inputs) => inputs,
+        Err(failure) => {
+            let given = values::bind_dimensions(&resources.dimensions, &[], &ports)?;
+            return Err(model.with_smallest(failure, &given, means));
+        }
+    };
     values::require_all(&inputs, &ports)?;
     let dimensions = values::bind_dimensions(&resources.dimensions, &inputs, &ports)?;
     let labels = match &arguments.labels {
@@ -95,8 +96,6 @@ pub fn run(arguments: &RunArguments, output: Output) -> Outcome {
     let expected = read_expected(&arguments.expect, &model.outputs(), &pool)?;
 
     progress.set_message("planning");
-    let threads = resources.threads.unwrap_or_else(lightering_meter::host::cores);
-    let means = Means { threads, profile: &profile, pool: &pool, baseline: &baseline };
     let mut session = model.plan(&dimensions, &inputs, means, arguments.profile)?;
     let load_seconds = load.elapsed();
 
@@ -208,8 +207,28 @@ pub fn run(arguments: &RunArguments, output: Output) -> Outcome {
                 first.comparison.difference
             ),
             hint: Some("--rtol and --atol set how much may differ".to_owned()),
+            smallest: None,
         }),
     }
+}
+
+/// Reads the inputs that were given, or the embedded picture for the embedded model.
+fn load_inputs(
+    arguments: &RunArguments,
+    ports: &[Port],
+    pool: &MemoryPool,
+) -> Outcome<Vec<values::LoadedInput>> {
+    let preprocess = arguments.input.preprocess.as_deref();
+    let mut inputs = values::load_inputs(&arguments.input.inputs, ports, preprocess, pool)?;
+    if inputs.is_empty() && arguments.model.is_none() {
+        let port =
+            ports.first().ok_or_else(|| Failure::input("the embedded model has no input", "a new build"))?;
+        let picture = InputBytes::Embedded(embedded::PICTURE, embedded::PICTURE_NAME);
+        let value = values::read(&picture, port, preprocess, pool)?;
+        let held = pool.reserve(format!("input {}", port.name), values::size_of_value(&value))?;
+        inputs.push(values::LoadedInput { name: port.name.clone(), value, held });
+    }
+    Ok(inputs)
 }
 
 /// What the user's figure is called in the receipt.

@@ -25,14 +25,14 @@ pub(crate) enum Owner {
 impl Owner {
     pub fn describe(self, program: &Program, assignment: &Assignment) -> (String, BufferKind) {
         match self {
-            Owner::Buffer(b) => (program.buffers[b].name.clone(), program.buffers[b].kind),
+            Owner::Buffer(b) => (program.buffers[b].name.to_string(), program.buffers[b].kind),
             Owner::Workspace(i) => {
                 (format!("scratch of {}", program.instructions[i].node.name), BufferKind::Workspace)
             }
             Owner::Weight(w) => {
                 let streamed = assignment.loads[w].is_some();
                 let kind = if streamed { BufferKind::Streamed } else { BufferKind::Weight };
-                (program.weights[w].name.clone(), kind)
+                (program.weights[w].name.to_string(), kind)
             }
             Owner::Staging => ("staging of weights".to_owned(), BufferKind::Staging),
         }

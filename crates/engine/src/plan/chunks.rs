@@ -91,15 +91,20 @@ fn chunks(
     (ranges.len() > 1).then_some(ranges)
 }
 
-fn emit(program: &mut Program, instruction: Instruction, parts: &[Range<usize>], out: &mut Vec<Instruction>) {
+fn emit(
+    program: &mut Program,
+    instruction: Arc<Instruction>,
+    parts: &[Range<usize>],
+    out: &mut Vec<Arc<Instruction>>,
+) {
     let Some((tensor, w)) = part_weight(program, &instruction) else { return out.push(instruction) };
     let whole = program.weights[w].clone();
-    let info = program.tensors[tensor].clone();
+    let info = (*program.tensors[tensor]).clone();
     let WeightOrigin::Stored(stored) = whole.origin else { return out.push(instruction) };
     let cut =
         |scale: &Option<Scale>, part: &Range<usize>| scale.as_ref().map(|s| Scale(s.0[part.clone()].into()));
     for (index, part) in parts.iter().enumerate() {
-        let mut copy = instruction.clone();
+        let mut copy = (*instruction).clone();
         let n = part.len();
         let (packing, channels) = match (&mut copy.kernel, &whole.packing) {
             (Kernel::Conv { shape, columns, .. }, Packing::Conv { scale, .. }) => {
@@ -135,7 +140,7 @@ fn emit(program: &mut Program, instruction: Instruction, parts: &[Range<usize>],
             size: Bytes(n as u64 * row_bytes),
         });
         let size = aligned(packing.packed_bytes(n * row_bytes as usize));
-        let name = format!("{} channels {}..{}", whole.name, part.start, part.end);
+        let name: Arc<str> = format!("{} channels {}..{}", whole.name, part.start, part.end).into();
         let chunk = Weight { name: name.clone(), origin, packing, size };
         // The first chunk takes the place of the whole.
         let index = if index == 0 {
@@ -149,12 +154,12 @@ fn emit(program: &mut Program, instruction: Instruction, parts: &[Range<usize>],
         chunk_info.name = name;
         chunk_info.dims[0] = n;
         chunk_info.storage = Storage::Weight(index);
-        program.tensors.push(chunk_info);
+        program.tensors.push(Arc::new(chunk_info));
         copy.inputs[weight_operand(&instruction)] = Some(program.whole(program.tensors.len() - 1));
         let share = n as f64 / channels as f64;
         copy.cost.flops = copy.cost.flops * share;
         copy.cost.bytes_read = Bytes((copy.cost.bytes_read.0 as f64 * share) as u64);
         copy.cost.bytes_written = Bytes((copy.cost.bytes_written.0 as f64 * share) as u64);
-        out.push(copy);
+        out.push(Arc::new(copy));
     }
 }

@@ -14,6 +14,7 @@ mod stripes;
 mod svg;
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use lightering_meter::MachineProfile;
 use lightering_units::{Bytes, Seconds};
@@ -135,11 +136,13 @@ pub struct Plan {
 /// Version of the plan's JSON.
 pub const PLAN_SCHEMA: &str = "lightering.plan/1";
 /// Bytes of bookkeeping per instruction, tensor and weight: names, shapes, operators on the ordinary heap.
-const BOOKKEEPING_PER_ITEM: usize = 600;
+const BOOKKEEPING_PER_ITEM: usize = 450;
 /// Under a budget no single weight that can be divided takes more than this part of it.
 const CHUNKS_PER_BUDGET: usize = 8;
 /// Smaller chunks cost more requests than they save memory.
 const CHUNK_BYTES_MIN: usize = 64 << 10;
+/// Fractions of the limit that are aimed at, one after the other, until a plan fits.
+const AIMS: [f64; 4] = [1.0, 0.92, 0.82, 0.7];
 /// Stripes are introduced at most so many times.
 const STRIPE_ROUNDS_MAX: usize = 24;
 
@@ -163,7 +166,12 @@ fn outside_arena(program: &Program) -> usize {
         .collect();
     let items =
         program.instructions.len() + program.tensors.len() + program.weights.len() + program.buffers.len();
-    inline.values().map(|&size| size.min(INLINE_MAX)).sum::<usize>() + items * BOOKKEEPING_PER_ITEM
+    // Names are kept by the program, the loader and the plan; those of converted models take hundreds of bytes each.
+    let names = 2 * program.instructions.iter().map(|i| i.node.name.len()).sum::<usize>()
+        + program.tensors.iter().map(|t| t.name.len()).sum::<usize>()
+        + 2 * program.buffers.iter().map(|b| b.name.len()).sum::<usize>()
+        + 4 * program.weights.iter().map(|w| w.name.len()).sum::<usize>();
+    inline.values().map(|&size| size.min(INLINE_MAX)).sum::<usize>() + items * BOOKKEEPING_PER_ITEM + names
 }
 
 /// Turns gathers from a stored table into reads of single rows, where nothing else needs the table; true if there
@@ -191,10 +199,10 @@ fn read_rows_from_file(program: &mut Program) -> bool {
         if shared || output || !program.weights[w].packing.is_plain() {
             continue;
         }
-        program.tensors[tensor].storage = Storage::Stored(stored);
+        Arc::make_mut(&mut program.tensors[tensor]).storage = Storage::Stored(stored);
         program.weights[w].packing = Packing::Stored;
         program.weights[w].size = 0;
-        program.instructions[i].kernel = Kernel::GatherStored;
+        Arc::make_mut(&mut program.instructions[i]).kernel = Kernel::GatherStored;
         changed = true;
     }
     changed
@@ -231,16 +239,58 @@ pub(crate) fn plan(mut program: Program, options: &PlanOptions) -> Result<Layout
             return Ok(finish(program, assignment, decisions, options, outside, &rates));
         }
     }
-    match squeeze(&program, limit, &rates) {
-        Ok((program, assignment, more)) => {
+    match fit(&program, budget, &rates) {
+        Ok(Fitting { program, assignment, decisions: more, outside }) => {
             decisions.extend(more);
             Ok(finish(program, assignment, decisions, options, outside, &rates))
         }
-        Err(shortage) => Err(shortage.into_error(&program, budget, outside, &rates)),
+        Err(shortage) => Err(shortage.into_error(&program, budget, &rates)),
     }
 }
 
-/// The least that was reached when nothing fits.
+/// A program that fits, and the bytes that it takes outside the arena.
+struct Fitting {
+    program: Program,
+    assignment: Assignment,
+    decisions: Vec<Decision>,
+    outside: usize,
+}
+
+/// Fits a program into a budget, bookkeeping included.
+///
+/// The search is a greedy one: aiming lower sometimes finds a plan where aiming at the limit found none. What such a
+/// plan needs is within the budget all the same.
+fn fit(program: &Program, budget: Bytes, rates: &predict::Rates) -> Result<Fitting, Shortage> {
+    let budget = budget.to_usize();
+    let mut outside = outside_arena(program);
+    let mut shortage: Option<Shortage> = None;
+    for aim in AIMS {
+        let limit = (budget.saturating_sub(outside) as f64 * aim) as usize;
+        match squeeze(program, limit, rates) {
+            Ok((program, assignment, decisions)) => {
+                // Stripes and chunks are instructions and buffers of their own, and have to be kept in mind, too.
+                let now = outside_arena(&program);
+                if assignment.placement.total + now <= budget {
+                    return Ok(Fitting { program, assignment, decisions, outside: now });
+                }
+                outside = outside.max(now);
+            }
+            Err(mut found) => {
+                found.bytes += outside;
+                if shortage.as_ref().is_none_or(|s| found.bytes < s.bytes) {
+                    shortage = Some(found);
+                }
+            }
+        }
+    }
+    Err(shortage.unwrap_or_else(|| {
+        // Plans were found, but none with room for its own bookkeeping.
+        let minimal = assign::minimal(program);
+        Shortage::of(program, minimal.peak_at, budget + outside / 8)
+    }))
+}
+
+/// The least that was reached when nothing fits: bytes of the arena, or of all that a budget bounds.
 struct Shortage {
     bytes: usize,
     at: String,
@@ -270,13 +320,9 @@ fn squeeze(
             return Ok((program, assignment, decisions));
         }
         if shortage.as_ref().is_none_or(|s| minimal.total < s.bytes) {
-            shortage = Some(Shortage {
-                bytes: minimal.total,
-                at: program.instructions.get(minimal.peak_at).map_or(String::new(), |i| i.node.name.clone()),
-                holders: assign::holders_at(&program, minimal.peak_at),
-            });
+            shortage = Some(Shortage::of(&program, minimal.peak_at, minimal.total));
         }
-        let Some(split) = splitter.improve(&program, limit) else { break };
+        let Some(split) = splitter.improve(limit) else { break };
         program = split;
     }
     Err(shortage.expect("at least one round was run"))
@@ -284,24 +330,39 @@ fn squeeze(
 
 /// How often the smallest budget is looked for; each try makes a plan.
 const SMALLEST_TRIES_MAX: usize = 12;
+/// How often the gap between a refused budget and the smallest one that is known is halved.
+const SMALLEST_HALVINGS: usize = 5;
 
 impl Shortage {
+    fn of(program: &Program, peak_at: usize, bytes: usize) -> Shortage {
+        Shortage {
+            bytes,
+            at: program.instructions.get(peak_at).map_or(String::new(), |i| i.node.name.clone()),
+            holders: assign::holders_at(program, peak_at),
+        }
+    }
+
     /// The error with a smallest budget for which a plan was really made.
-    fn into_error(
-        self,
-        program: &Program,
-        budget: Bytes,
-        outside: usize,
-        rates: &predict::Rates,
-    ) -> EngineError {
-        let mut limit = self.bytes;
+    fn into_error(self, program: &Program, budget: Bytes, rates: &predict::Rates) -> EngineError {
+        let fits = |bytes: usize| fit(program, Bytes(bytes as u64), rates);
+        let mut enough = self.bytes;
         for _ in 0..SMALLEST_TRIES_MAX {
-            match squeeze(program, limit, rates) {
+            match fits(enough) {
                 Ok(_) => break,
-                Err(more) => limit = more.bytes.max(limit + limit / 16),
+                Err(more) => enough = more.bytes.max(enough + enough / 16),
             }
         }
-        let smallest = Bytes((limit + outside) as u64);
+        // What was reached on the way to an impossible limit is not the least: look between the two.
+        let mut refused = budget.to_usize();
+        for _ in 0..SMALLEST_HALVINGS {
+            let between = refused.midpoint(enough);
+            if between < enough && fits(between).is_ok() {
+                enough = between;
+            } else {
+                refused = between;
+            }
+        }
+        let smallest = Bytes(enough as u64);
         EngineError::Budget {
             budget,
             smallest,
@@ -329,7 +390,7 @@ fn finish(
         .iter()
         .zip(&assignment.loads)
         .map(|(w, load)| PlannedWeight {
-            name: w.name.clone(),
+            name: w.name.to_string(),
             size: Bytes(w.size as u64),
             stored: Bytes(w.stored_bytes() as u64),
             streamed_at: load.as_ref().map(|l| l.issue),
@@ -358,7 +419,7 @@ fn finish(
         .tensors
         .iter()
         .filter(|t| matches!(t.storage, Storage::Stored(_)))
-        .map(|t| t.name.as_str())
+        .map(|t| &*t.name)
         .collect();
     if !by_row.is_empty() {
         decisions.push(Decision {

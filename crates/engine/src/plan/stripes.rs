@@ -15,9 +15,9 @@ use lightering_graph::{ConvAttributes, Layout, Op, Padding, PoolAttributes};
 use lightering_kernels::{ConvShape, rows_under_window};
 use lightering_units::Bytes;
 
-use super::Decision;
-use super::assign::{STAGING_BYTES_MIN, activation_requests};
+use super::assign::{Owner, STAGING_BYTES_MIN, activation_requests};
 use super::offsets::live_profile;
+use super::{BOOKKEEPING_PER_ITEM, Decision};
 use crate::kernel::{Broadcast, ChainStep, Kernel};
 use crate::program::{
     Buffer, BufferKind, Instruction, Operand, Program, Storage, Stripe, TensorInfo, aligned,
@@ -34,6 +34,8 @@ pub(crate) struct Split {
 const PEAKS_MAX: usize = 6;
 /// How far a segment may reach before and after the peak.
 const REACH_MAX: usize = 10;
+/// What one instruction of a stripe brings: itself, its result, and a buffer.
+const ITEMS_PER_STRIPE: usize = 3;
 /// Numbers of stripes that are tried.
 const STRIPE_COUNTS: [usize; 6] = [2, 3, 4, 8, 14, 28];
 
@@ -41,31 +43,67 @@ const STRIPE_COUNTS: [usize; 6] = [2, 3, 4, 8, 14, 28];
 #[derive(Clone, Debug)]
 pub(crate) struct Splitter {
     original: Program,
+    lifetimes: Lifetimes,
     splits: Vec<Split>,
+}
+
+/// When the unsplit program first and last touches each buffer and each weight, and what it holds at each instruction
+/// at least: activations, scratch, and the weights used there.
+#[derive(Clone, Debug)]
+struct Lifetimes {
+    buffers: Vec<Option<(usize, usize)>>,
+    weights: Vec<Option<(usize, usize)>>,
+    live: Vec<usize>,
+}
+
+impl Lifetimes {
+    fn of(program: &Program) -> Lifetimes {
+        let mut buffers = vec![None; program.buffers.len()];
+        let requests = activation_requests(program);
+        for (owner, request) in &requests {
+            if let Owner::Buffer(b) = owner {
+                buffers[*b] = Some((*request.live.start(), *request.live.end()));
+            }
+        }
+        let mut live = live_profile(&requests.into_iter().map(|(_, r)| r).collect::<Vec<_>>());
+        live.resize(program.instructions.len(), 0);
+        let mut weights: Vec<Option<(usize, usize)>> = vec![None; program.weights.len()];
+        for (i, instruction) in program.instructions.iter().enumerate() {
+            for w in program.weights_of(instruction) {
+                let (first, _) = weights[w].unwrap_or((i, i));
+                weights[w] = Some((first, i));
+            }
+        }
+        for (weight, used) in program.weights.iter().zip(&weights) {
+            if let Some((first, last)) = *used {
+                live[first..=last].iter_mut().for_each(|l| *l += weight.size);
+            }
+        }
+        Lifetimes { buffers, weights, live }
+    }
 }
 
 impl Splitter {
     pub fn new(program: &Program) -> Splitter {
         let mut original = program.clone();
         for (i, instruction) in original.instructions.iter_mut().enumerate() {
-            instruction.origin = i;
+            Arc::make_mut(instruction).origin = i;
         }
-        Splitter { original, splits: Vec::new() }
+        let lifetimes = Lifetimes::of(&original);
+        Splitter { original, lifetimes, splits: Vec::new() }
     }
 
     /// Splits around the instruction that exceeds `limit` most, in the way that helps most for the least work done
     /// twice; around the next worst where that one cannot be helped. `None` when nothing helps.
-    pub fn improve(&mut self, current: &Program, limit: usize) -> Option<Program> {
-        // Before the first split the current program does not know its positions yet.
-        let numbered = if self.splits.is_empty() { &self.original } else { current };
-        let before = score(numbered, limit);
+    pub fn improve(&mut self, limit: usize) -> Option<Program> {
+        let before = self.score(&self.splits, limit)?;
         let mut worst: Vec<(usize, usize)> = before.excess.iter().map(|(&at, &bytes)| (bytes, at)).collect();
         worst.sort_unstable_by(|a, b| b.cmp(a));
         worst.iter().take(PEAKS_MAX).find_map(|&(_, at)| self.split_at(at, before.rank(), limit))
     }
 
     fn split_at(&mut self, at: usize, before: (usize, f64), limit: usize) -> Option<Program> {
-        let mut best: Option<((usize, f64), Vec<Split>, Program)> = None;
+        let mut best: Option<((usize, f64), Vec<Split>)> = None;
         for start in at.saturating_sub(REACH_MAX)..=at {
             for end in at + 1..=(at + 1 + REACH_MAX).min(self.original.instructions.len()) {
                 if end - start < 2 {
@@ -73,24 +111,48 @@ impl Splitter {
                 }
                 let segment = start..end;
                 let Some(kept) = self.without_inner(&segment) else { continue };
-                let Some(shape) = Segment::of(&self.original, segment.clone()) else { continue };
+                let Some(shape) = Segment::of(&self.original, &self.lifetimes, segment.clone()) else {
+                    continue;
+                };
+                let Some(others) = self.score(&kept, limit) else { continue };
                 for stripes in STRIPE_COUNTS {
                     if stripes > shape.rows {
                         break;
                     }
-                    let mut splits = kept.clone();
-                    splits.push(Split { segment: segment.clone(), stripes });
-                    let Some(candidate) = apply(&self.original, &splits) else { continue };
-                    let rank = score(&candidate, limit).rank();
-                    if rank < before && best.as_ref().is_none_or(|(b, _, _)| rank < *b) {
-                        best = Some((rank, splits, candidate));
+                    let split = Split { segment: segment.clone(), stripes };
+                    let Some(rank) = others.with(&self.original, &self.lifetimes, &split, &shape, limit)
+                    else {
+                        continue;
+                    };
+                    if rank.rank() < before && best.as_ref().is_none_or(|(b, _)| rank.rank() < *b) {
+                        let mut splits = kept.clone();
+                        splits.push(split);
+                        best = Some((rank.rank(), splits));
                     }
                 }
             }
         }
-        let (_, splits, program) = best?;
+        let splits = best?.1;
+        let program = apply(&self.original, &self.lifetimes, &splits)?;
         self.splits = splits;
         Some(program)
+    }
+
+    /// How far the program with these splits is from fitting, told without making that program.
+    fn score(&self, splits: &[Split], limit: usize) -> Option<Score> {
+        let room = Score::room(limit);
+        let mut score = Score::default();
+        for (i, &live) in self.lifetimes.live.iter().enumerate() {
+            if live > room {
+                score.excess.insert(i, live - room);
+            }
+            score.work += self.original.instructions[i].cost.flops.0;
+        }
+        for split in splits {
+            let segment = Segment::of(&self.original, &self.lifetimes, split.segment.clone())?;
+            score = score.with(&self.original, &self.lifetimes, split, &segment, limit)?;
+        }
+        Some(score)
     }
 
     /// The splits that lie outside `segment`; `None` when one overlaps it in part.
@@ -138,48 +200,109 @@ impl Splitter {
 }
 
 /// How far a program is from fitting.
+#[derive(Clone, Debug, Default)]
 struct Score {
     /// Bytes above the limit, for every instruction of the unsplit program that exceeds it.
     excess: HashMap<usize, usize>,
+    /// Instructions that the splits add.
+    added: usize,
     work: f64,
 }
 
 impl Score {
-    /// Smaller is better: the sum of what is above the limit, then the work. The sum, not the largest, so that
-    /// mending one place counts even while another is worse.
+    /// Smaller is better: the sum of what is above the limit and of what stripes take to keep in mind, then the work.
+    /// The sum, not the largest, so that mending one place counts even while another is worse.
     fn rank(&self) -> (usize, f64) {
-        (self.excess.values().sum(), self.work)
+        let bookkeeping = self.added * ITEMS_PER_STRIPE * BOOKKEEPING_PER_ITEM;
+        (self.excess.values().sum::<usize>() + bookkeeping, self.work)
+    }
+
+    /// The limit less a little room for fragmentation and for the staging area.
+    fn room(limit: usize) -> usize {
+        limit.saturating_sub(limit / 32 + STAGING_BYTES_MIN)
+    }
+
+    /// The score once a segment is computed in stripes. `None` when it cannot be.
+    fn with(
+        &self,
+        program: &Program,
+        lifetimes: &Lifetimes,
+        split: &Split,
+        segment: &Segment,
+        limit: usize,
+    ) -> Option<Score> {
+        let room = Score::room(limit);
+        let mut score = self.clone();
+        let range = split.segment.clone();
+        for i in range.clone() {
+            score.excess.remove(&i);
+            score.work -= program.instructions[i].cost.flops.0;
+        }
+        score.added += range.len() * (split.stripes - 1);
+        let outer = Outer::of(program, lifetimes, &range, segment);
+        let instructions = &program.instructions[range.clone()];
+        for stripe in 0..split.stripes {
+            let Some(rows) = segment.rows_of_stripe(instructions, stripe, split.stripes) else { continue };
+            if rows.iter().any(Range::is_empty) {
+                return None;
+            }
+            let inner = segment.inner_live(program, instructions, &rows)?;
+            for (i, instruction) in instructions.iter().enumerate() {
+                let live = outer.live(stripe, split.stripes, i) + inner[i] + instruction.workspace;
+                if live > room {
+                    let most = score.excess.entry(range.start + i).or_default();
+                    *most = (*most).max(live - room);
+                }
+                let share = rows[i].len() as f64 / segment.parts[i].rows as f64;
+                score.work += instruction.cost.flops.0 * share;
+            }
+        }
+        Some(score)
     }
 }
 
-/// What must be in memory at each instruction at least: activations, scratch, and the weights used there.
-fn least_live(program: &Program) -> Vec<usize> {
-    let requests: Vec<_> = activation_requests(program).into_iter().map(|(_, r)| r).collect();
-    let mut live = live_profile(&requests);
-    live.resize(program.instructions.len(), 0);
-    let mut uses: HashMap<usize, (usize, usize)> = HashMap::new();
-    for (i, instruction) in program.instructions.iter().enumerate() {
-        for w in program.weights_of(instruction) {
-            uses.entry(w).or_insert((i, i)).1 = i;
-        }
-    }
-    for (w, (first, last)) in uses {
-        live[first..=last].iter_mut().for_each(|l| *l += program.weights[w].size);
-    }
-    live
+/// Buffers and weights that a segment touches or that live across it, without those between its instructions.
+struct Outer {
+    /// Size; position in the segment of the first touch, `None` when it is alive before; of the last, `None` when it
+    /// stays alive.
+    entries: Vec<(usize, Option<usize>, Option<usize>)>,
 }
 
-fn score(program: &Program, limit: usize) -> Score {
-    // A little room for fragmentation and for the staging area.
-    let limit = limit.saturating_sub(limit / 32 + STAGING_BYTES_MIN);
-    let mut excess: HashMap<usize, usize> = HashMap::new();
-    for (instruction, live) in program.instructions.iter().zip(least_live(program)) {
-        if live > limit {
-            let most = excess.entry(instruction.origin).or_default();
-            *most = (*most).max(live - limit);
-        }
+impl Outer {
+    fn of(program: &Program, lifetimes: &Lifetimes, range: &Range<usize>, segment: &Segment) -> Outer {
+        let entry = |size: usize, first: usize, last: usize| {
+            (first < range.end && last >= range.start && size > 0).then(|| {
+                let first = (first >= range.start).then(|| first - range.start);
+                (size, first, (last < range.end).then(|| last - range.start))
+            })
+        };
+        let inner: Vec<usize> = segment
+            .inner
+            .iter()
+            .filter_map(|&t| match program.tensors[t].storage {
+                Storage::Buffer { buffer, .. } => Some(buffer),
+                _ => None,
+            })
+            .collect();
+        let buffers = lifetimes.buffers.iter().enumerate().filter_map(|(b, used)| {
+            let (first, last) = (*used)?;
+            if inner.contains(&b) { None } else { entry(program.buffers[b].size, first, last) }
+        });
+        let weights = lifetimes.weights.iter().enumerate().filter_map(|(w, used)| {
+            let (first, last) = (*used)?;
+            entry(program.weights[w].size, first, last)
+        });
+        Outer { entries: buffers.chain(weights).collect() }
     }
-    Score { excess, work: program.instructions.iter().map(|i| i.cost.flops.0).sum() }
+
+    /// Bytes alive while the instruction at `position` computes stripe `stripe` of `stripes`.
+    fn live(&self, stripe: usize, stripes: usize, position: usize) -> usize {
+        let alive = |&&(_, first, last): &&(usize, Option<usize>, Option<usize>)| {
+            first.is_none_or(|first| stripe > 0 || position >= first)
+                && last.is_none_or(|last| stripe + 1 < stripes || position <= last)
+        };
+        self.entries.iter().filter(alive).map(|&(size, ..)| size).sum()
+    }
 }
 
 /// How the rows of an operand follow from the rows of the result.
@@ -397,9 +520,9 @@ struct Segment {
 }
 
 impl Segment {
-    fn of(program: &Program, range: Range<usize>) -> Option<Segment> {
+    fn of(program: &Program, lifetimes: &Lifetimes, range: Range<usize>) -> Option<Segment> {
         let instructions = &program.instructions[range.clone()];
-        let parts: Vec<Striped> = instructions.iter().map(striped).collect::<Option<_>>()?;
+        let parts: Vec<Striped> = instructions.iter().map(|i| striped(i)).collect::<Option<_>>()?;
         let last = instructions.last()?;
         let result = last.outputs.first()?.as_ref()?.tensor;
         let inner: Vec<usize> = instructions[..instructions.len() - 1]
@@ -417,9 +540,8 @@ impl Segment {
             let Storage::Buffer { offset: 0, .. } = program.tensors[t].storage else { return None };
             let exact = program.buffers[b].kind == BufferKind::Activation
                 && program.buffers[b].size == aligned(program.tensors[t].size_bytes());
-            let outside = program.instructions.iter().enumerate().any(|(i, instruction)| {
-                !range.contains(&i) && program.buffers_of(instruction).any(|x| x == b)
-            });
+            let outside =
+                lifetimes.buffers[b].is_some_and(|(first, last)| first < range.start || last >= range.end);
             let views = program.tensors.iter().enumerate().any(|(other, info)| {
                 !inner.contains(&other)
                     && matches!(info.storage, Storage::Buffer { buffer, .. } if buffer == b)
@@ -466,10 +588,76 @@ impl Segment {
         }
         Some(Segment { rows: parts.last()?.rows, parts, inner })
     }
+
+    /// For each instruction the rows that it computes in one stripe; `None` for a stripe without rows.
+    fn rows_of_stripe(
+        &self,
+        instructions: &[Arc<Instruction>],
+        stripe: usize,
+        count: usize,
+    ) -> Option<Vec<Range<usize>>> {
+        let rows = self.rows * stripe / count..self.rows * (stripe + 1) / count;
+        if rows.is_empty() {
+            return None;
+        }
+        // Backwards: what an instruction must yield is the hull of what those after it read.
+        let mut result_rows = vec![0..0; instructions.len()];
+        *result_rows.last_mut()? = rows;
+        for i in (0..instructions.len()).rev() {
+            let own = result_rows[i].clone();
+            if own.is_empty() {
+                continue;
+            }
+            for (operand, map) in instructions[i].inputs.iter().zip(&self.parts[i].operands) {
+                let (Some(operand), Some(range)) = (operand, map.of(&own)) else { continue };
+                if let Some(producer) = self.inner.iter().position(|&t| t == operand.tensor) {
+                    let hull = &mut result_rows[producer];
+                    *hull = if Range::is_empty(hull) {
+                        range
+                    } else {
+                        hull.start.min(range.start)..hull.end.max(range.end)
+                    };
+                }
+            }
+        }
+        Some(result_rows)
+    }
+
+    /// Bytes between the instructions of a stripe that are alive at each of them.
+    fn inner_live(
+        &self,
+        program: &Program,
+        instructions: &[Arc<Instruction>],
+        rows: &[Range<usize>],
+    ) -> Option<Vec<usize>> {
+        let mut live = vec![0; instructions.len()];
+        // Position of the instruction whose result made the buffer that a result lies in.
+        let mut home: Vec<usize> = (0..self.inner.len()).collect();
+        let mut last: Vec<usize> = home.clone();
+        for (i, instruction) in instructions.iter().enumerate() {
+            for operand in instruction.inputs.iter().flatten() {
+                if let Some(producer) = self.inner.iter().position(|&t| t == operand.tensor) {
+                    last[home[producer]] = i;
+                }
+            }
+            if instruction.in_place && i < self.inner.len() {
+                let source = instruction.inputs.first()?.as_ref()?.tensor;
+                home[i] = home[self.inner.iter().position(|&t| t == source)?];
+            }
+        }
+        for (i, &tensor) in self.inner.iter().enumerate() {
+            if home[i] == i {
+                let row_bytes = program.tensors[tensor].size_bytes() / self.parts[i].rows;
+                let size = aligned(rows[i].len() * row_bytes);
+                live[i..=last[i]].iter_mut().for_each(|l| *l += size);
+            }
+        }
+        Some(live)
+    }
 }
 
 /// Applies splits of disjoint segments to a program.
-fn apply(original: &Program, splits: &[Split]) -> Option<Program> {
+fn apply(original: &Program, lifetimes: &Lifetimes, splits: &[Split]) -> Option<Program> {
     let mut order: Vec<&Split> = splits.iter().collect();
     order.sort_by_key(|s| s.segment.start);
     let mut program = original.clone();
@@ -477,7 +665,7 @@ fn apply(original: &Program, splits: &[Split]) -> Option<Program> {
     let mut at = 0;
     for split in order {
         program.instructions.extend_from_slice(&original.instructions[at..split.segment.start]);
-        let segment = Segment::of(original, split.segment.clone())?;
+        let segment = Segment::of(original, lifetimes, split.segment.clone())?;
         emit(original, &mut program, split, &segment)?;
         at = split.segment.end;
     }
@@ -490,40 +678,16 @@ fn emit(original: &Program, program: &mut Program, split: &Split, segment: &Segm
     let instructions = &original.instructions[split.segment.clone()];
     let count = split.stripes;
     for stripe in 0..count {
-        let rows = segment.rows * stripe / count..segment.rows * (stripe + 1) / count;
-        if rows.is_empty() {
-            continue;
-        }
-        // Backwards: which rows of every inner tensor this stripe needs.
-        let mut needed: HashMap<usize, Range<usize>> = HashMap::new();
-        let mut result_rows = vec![0..0; instructions.len()];
-        for (i, (instruction, part)) in instructions.iter().zip(&segment.parts).enumerate().rev() {
-            let own = if i + 1 == instructions.len() {
-                rows.clone()
-            } else {
-                needed.get(&segment.inner[i]).cloned().unwrap_or(0..0)
-            };
-            result_rows[i] = own.clone();
-            if own.is_empty() {
-                continue;
-            }
-            for (operand, map) in instruction.inputs.iter().zip(&part.operands) {
-                let (Some(operand), Some(range)) = (operand, map.of(&own)) else { continue };
-                if segment.inner.contains(&operand.tensor) {
-                    let hull = needed.entry(operand.tensor).or_insert_with(|| range.clone());
-                    *hull = hull.start.min(range.start)..hull.end.max(range.end);
-                }
-            }
-        }
+        let Some(result_rows) = segment.rows_of_stripe(instructions, stripe, count) else { continue };
         // Forwards: tensors of the stripe's size, and the instructions.
-        let mut tensor_of: HashMap<usize, usize> = HashMap::new();
+        let mut tensor_of: HashMap<usize, (usize, usize)> = HashMap::new();
         for (i, (instruction, part)) in instructions.iter().zip(&segment.parts).enumerate() {
             let own = result_rows[i].clone();
             if own.is_empty() {
                 // Nothing of it is needed: the window reads padding alone.
                 return None;
             }
-            let mut copy = instruction.clone();
+            let mut copy = (**instruction).clone();
             let mut first_rows = vec![0; instruction.inputs.len()];
             let mut node_rows = 0..0;
             for (o, (operand, map)) in copy.inputs.iter_mut().zip(&part.operands).enumerate() {
@@ -532,7 +696,7 @@ fn emit(original: &Program, program: &mut Program, split: &Split, segment: &Segm
                     Rows::Window { rows, .. } => *rows,
                     _ => part.rows,
                 };
-                let inner = tensor_of.get(&operand.tensor).map(|&t| (t, needed[&operand.tensor].clone()));
+                let inner = tensor_of.get(&operand.tensor).map(|&(t, producer)| (t, &result_rows[producer]));
                 let row_bytes = original.tensors[operand.tensor].size_bytes() / total;
                 // What the kernel is given: all rows of an inner tensor, or the rows it needs of an outer one; an
                 // element-wise kernel wants exactly its own.
@@ -567,20 +731,20 @@ fn emit(original: &Program, program: &mut Program, split: &Split, segment: &Segm
                     program.tensors[source].storage.clone()
                 } else {
                     program.buffers.push(Buffer {
-                        name: format!("{} rows {}..{}", old.name, own.start, own.end),
+                        name: format!("{} rows {}..{}", old.name, own.start, own.end).into(),
                         size: aligned(size),
                         kind: BufferKind::Activation,
                     });
                     Storage::Buffer { buffer: program.buffers.len() - 1, offset: 0 }
                 };
-                program.tensors.push(TensorInfo {
+                program.tensors.push(Arc::new(TensorInfo {
                     name: old.name.clone(),
                     dtype: old.dtype,
                     dims: dims.clone(),
                     storage,
-                });
+                }));
                 let tensor = program.tensors.len() - 1;
-                tensor_of.insert(result.tensor, tensor);
+                tensor_of.insert(result.tensor, (tensor, i));
                 *result = Operand { tensor, dims, bytes: 0..size };
             }
             if matches!(copy.kernel, Kernel::Generic)
@@ -595,7 +759,7 @@ fn emit(original: &Program, program: &mut Program, split: &Split, segment: &Segm
             copy.cost.bytes_read = Bytes((copy.cost.bytes_read.0 as f64 * share) as u64);
             copy.cost.bytes_written = Bytes((copy.cost.bytes_written.0 as f64 * share) as u64);
             copy.stripe = Some(Stripe { output_rows: own, input_first_rows: first_rows });
-            program.instructions.push(copy);
+            program.instructions.push(Arc::new(copy));
         }
     }
     Some(())
@@ -621,4 +785,72 @@ fn with_rows(dims: &[usize], total: usize, rows: usize) -> Option<Vec<usize>> {
         }
     }
     None
+}
+
+#[cfg(test)]
+mod tests {
+    use lightering_graph::{BinaryOp, DType, Graph, Tensor, TensorType, UnaryOp, ValueId};
+    use lightering_meter::MemoryPool;
+
+    use super::*;
+    use crate::{Bindings, PrepareOptions, prepare};
+
+    /// A convolution of 3 × 3 with an activation.
+    fn conv(graph: &mut Graph, x: ValueId, channels: [usize; 2], stride: usize) -> ValueId {
+        let id = graph.nodes.len();
+        let weights: Vec<f32> = (0..channels[0] * channels[1] * 9).map(|i| (i % 7) as f32 - 3.0).collect();
+        let weight = Tensor::from_slice(&[channels[1], channels[0], 3, 3], &weights);
+        let w = graph.add_constant(format!("w{id}"), weight);
+        let attributes = ConvAttributes {
+            kernel: vec![3; 2],
+            strides: vec![stride; 2],
+            padding: Padding::Explicit(vec![1; 4]),
+            ..ConvAttributes::default()
+        };
+        let y = graph.add_node(format!("conv{id}"), Op::Conv(attributes), &[x, w], 1)[0];
+        graph.add_node(format!("relu{id}"), Op::Unary(UnaryOp::Relu), &[y], 1)[0]
+    }
+
+    #[test]
+    fn the_score_of_splits_is_that_of_the_program_made_of_them() {
+        let mut graph = Graph::new("net");
+        let x = graph.add_input("x", TensorType::fixed(DType::F32, &[1, 8, 41, 40]));
+        let a = conv(&mut graph, x, [8, 16], 2);
+        let b = conv(&mut graph, a, [16, 16], 1);
+        let c = conv(&mut graph, b, [16, 16], 1);
+        let d = graph.add_node("add", Op::Binary(BinaryOp::Add), &[c, a], 1)[0];
+        let y = conv(&mut graph, d, [16, 24], 2);
+        graph.outputs.push(y);
+        prepare(&mut graph, &Bindings::default(), &[], &MemoryPool::unbounded(), &PrepareOptions::default())
+            .unwrap();
+        let program = Program::build(&graph, 1).unwrap();
+        let splitter = Splitter::new(&program);
+        let n = program.instructions.len();
+        let limit = STAGING_BYTES_MIN;
+        let mut compared = 0;
+        for start in 0..n {
+            for end in start + 2..=n {
+                for stripes in STRIPE_COUNTS {
+                    let splits = [Split { segment: start..end, stripes }];
+                    let Some(split) = apply(&splitter.original, &splitter.lifetimes, &splits) else {
+                        continue;
+                    };
+                    let mut excess: HashMap<usize, usize> = HashMap::new();
+                    let room = Score::room(limit);
+                    for (i, live) in Lifetimes::of(&split).live.into_iter().enumerate() {
+                        if live > room {
+                            let most = excess.entry(split.instructions[i].origin).or_default();
+                            *most = (*most).max(live - room);
+                        }
+                    }
+                    let work: f64 = split.instructions.iter().map(|i| i.cost.flops.0).sum();
+                    let score = splitter.score(&splits, limit).unwrap();
+                    assert_eq!(score.excess, excess, "{splits:?}");
+                    assert!((score.work / work - 1.0).abs() < 1e-9, "{} is not {work}", score.work);
+                    compared += 1;
+                }
+            }
+        }
+        assert!(compared > 10, "{compared} splits compared");
+    }
 }
