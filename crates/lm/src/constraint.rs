@@ -1,12 +1,13 @@
 //! Output that keeps to a grammar: which tokens may follow, and whether the text may end.
 //!
-//! A [`Grammar`] comes from a JSON Schema, a regular expression or nothing but "a JSON object". It is a pushdown
+//! A [`Grammar`] comes from a JSON Schema, a GBNF grammar, a regular expression or nothing but "a JSON object". It is a pushdown
 //! automaton over bytes; the sets of places where a text can stand in it become states that are made when they are first
 //! met and remembered, so that following a token is a few look-ups. A [`TokenTable`] holds the vocabulary's bytes in
 //! order, so that all tokens are tried in one walk that leaves what cannot follow early.
 
 mod automaton;
 mod expression;
+mod gbnf;
 mod json_schema;
 
 use std::collections::BTreeMap;
@@ -59,6 +60,17 @@ impl Grammar {
     pub fn from_regex(pattern: &str) -> Result<Grammar> {
         let root = expression::from_regex(pattern, &expression::plain_characters)?;
         Grammar::compile(root, Rules::default())
+    }
+
+    /// Texts that keep to a grammar in GBNF, llama.cpp's notation, from its rule `root` on.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] for wrong syntax, with its line, and for names without a rule; [`Error::Unsupported`] for tokens
+    /// in the place of text; [`Error::Limit`] for a grammar that is too large.
+    pub fn from_gbnf(text: &str) -> Result<Grammar> {
+        let mut rules = Rules::default();
+        let root = gbnf::parse(text, &mut rules)?;
+        Grammar::compile(root, rules)
     }
 
     fn compile(root: Expression, rules: Rules) -> Result<Grammar> {

@@ -184,6 +184,67 @@ fn expressions_match_as_a_whole() {
     bench.check(&grammar, &["YES", "no", "no é", "no a bc"], &["", "yesyes", "no a b c", "no "]);
 }
 
+#[test]
+fn gbnf_is_read_as_llama_cpp_reads_it() {
+    let bench = Bench::new();
+    // One sequence cannot go on in the next line unless parentheses hold it together.
+    assert!(matches!(Grammar::from_gbnf("root ::=\n  [a-h]\n  [1-8]"), Err(Error::Invalid { .. })));
+    let grammar = r#"
+# A comment.
+root  ::= move ("," ws
+  move){0,2}
+move ::= piece? square  # another
+  | "O-O" "-O"?
+piece ::= [KQR\u0042-] | "\x4e"
+square ::=
+  [a-h] [1-8]
+ws ::= " "* | "\n"
+"#;
+    let grammar = Grammar::from_gbnf(&grammar.replace("[1-8]\n", "[1-8]\r\n")).unwrap();
+    bench.check(
+        &grammar,
+        &["e4", "Ne4,  O-O", "-a1,\nBh8,O-O-O"],
+        &["", "e9", "e4,", "e4,e4,e4,e4", "Me4", "O-O-"],
+    );
+    let list = Grammar::from_gbnf("root ::= item | root \",\" item\nitem ::= [^,\\]] . ").unwrap();
+    bench.check(&list, &["ab", "é😀"], &["", ",a", "]a"]);
+    let check = |text: &str, message: &str| {
+        let error = Grammar::from_gbnf(text).map(drop).unwrap_err().to_string();
+        assert!(error.contains(message), "{text}: {error}");
+    };
+    check("", "no rule \"root\"");
+    check("root ::= a", "no rule \"a\"");
+    check("root ::= \"a\"\nroot ::= \"b\"", "not two");
+    check("root = 1", "line 1: '='; expected \"::=\"");
+    check("root ::= \"a\"\nb ::= [a", "line 2: its end; expected a closing bracket");
+    check("root ::= [z-a]", "ascending");
+    check("root ::= \"\\ud800\"", "the number of a character");
+    check("root ::= (\"a\"", "expected \")\"");
+    check("root ::= \"a\"{3,2}", "a repetition");
+    check("root ::= \"a\"{99999999999}", "a number");
+    check("root ::= <think>", "a token in the place of text");
+    check(&format!("root ::= {}", "(".repeat(1000)), "less deeply");
+}
+
+#[test]
+fn damaged_grammars_never_panic() {
+    let good = "root ::= a{2,3} (\"é\" | [^x-z\\n]+)* # c\na ::= \"\\u00e9\" | . b?\nb ::= \"q\"+\n";
+    let bench = Bench::new();
+    for (at, _) in good.char_indices() {
+        for with in ["", "(", ")", "{", "[", "\"", "\\", "\n", "|", "*", "::=", "é", "9"] {
+            for skip in [0, 1] {
+                let rest: String = good[at..].chars().skip(skip).collect();
+                let Ok(grammar) = Grammar::from_gbnf(&format!("{}{with}{rest}", &good[..at])) else {
+                    continue;
+                };
+                let Ok(mut constraint) = Constraint::new(&grammar, &bench.table) else { continue };
+                let _ = constraint.mask(&mut vec![0.0; bench.tokenizer.token_count()]);
+            }
+        }
+        let _ = Grammar::from_gbnf(&good[..at]);
+    }
+}
+
 /// What is allowed is exactly what can be accepted.
 fn check_mask(constraint: &mut Constraint, count: u32) {
     let mut logits = vec![0.0; count as usize + 3];
