@@ -101,6 +101,8 @@ pub(crate) trait Bytes: Copy {
     );
     /// `a + b`, wrapping.
     fn add(self, a: Self::I, b: Self::I) -> Self::I;
+    /// `sum - a * b`, wrapping.
+    fn subtract_product(self, sum: Self::I, a: Self::I, b: i32) -> Self::I;
     /// Sum of the lanes, wrapping.
     fn total(self, a: Self::I) -> i32;
 }
@@ -227,6 +229,10 @@ impl Bytes for Portable {
     #[inline(always)]
     fn add(self, a: [i32; 8], b: [i32; 8]) -> [i32; 8] {
         std::array::from_fn(|i| a[i].wrapping_add(b[i]))
+    }
+    #[inline(always)]
+    fn subtract_product(self, sum: [i32; 8], a: [i32; 8], b: i32) -> [i32; 8] {
+        std::array::from_fn(|i| sum[i].wrapping_sub(a[i].wrapping_mul(b)))
     }
     #[inline(always)]
     fn total(self, a: [i32; 8]) -> i32 {
@@ -395,6 +401,11 @@ mod x86 {
             unsafe { _mm256_add_epi32(a, b) }
         }
         #[inline(always)]
+        fn subtract_product(self, sum: __m256i, a: __m256i, b: i32) -> __m256i {
+            // SAFETY: as above.
+            unsafe { _mm256_sub_epi32(sum, _mm256_mullo_epi32(a, _mm256_set1_epi32(b))) }
+        }
+        #[inline(always)]
         fn total(self, a: __m256i) -> i32 {
             let mut lanes = [0i32; 8];
             // SAFETY: as above.
@@ -549,6 +560,11 @@ mod x86 {
         fn add(self, a: __m512i, b: __m512i) -> __m512i {
             // SAFETY: as above.
             unsafe { _mm512_add_epi32(a, b) }
+        }
+        #[inline(always)]
+        fn subtract_product(self, sum: __m512i, a: __m512i, b: i32) -> __m512i {
+            // SAFETY: as above.
+            unsafe { _mm512_sub_epi32(sum, _mm512_mullo_epi32(a, _mm512_set1_epi32(b))) }
         }
         #[inline(always)]
         fn total(self, a: __m512i) -> i32 {

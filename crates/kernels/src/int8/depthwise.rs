@@ -31,13 +31,26 @@ pub(super) fn depthwise(
     let taps = shape.kernel[0] * shape.kernel[1];
     assert!(taps <= TAPS, "a depthwise kernel of {taps} taps; at most {TAPS} are supported");
     let few = pool.threads() == 1 || shape.multiply_adds() < 100_000;
-    let step = if few { rows.len() } else { rows.len().div_ceil(pool.threads() * 4) };
-    pool.parallel_for(rows.len().div_ceil(step), &|index, _| {
-        let start = rows.start + index * step;
-        let part = start..rows.end.min(start + step);
-        let first_row = rows.start;
-        let flip = if signed { 0x80 } else { 0 };
-        dispatch_bytes(pool.isa(), Part { shape, source, flip, zero, weights, sink, first_row, rows: part });
+    let tasks = if few { 1 } else { pool.threads() * 4 };
+    // Every task prepares the weights of its channels, so channels are divided before rows.
+    let channel_step = shape.out_c.div_ceil(tasks).next_multiple_of(PANEL);
+    let channel_tasks = shape.out_c.div_ceil(channel_step);
+    let step = rows.len().div_ceil((tasks / channel_tasks).max(1));
+    pool.parallel_for(rows.len().div_ceil(step) * channel_tasks, &|index, _| {
+        let start = rows.start + index / channel_tasks * step;
+        let first_channel = index % channel_tasks * channel_step;
+        let part = Part {
+            shape,
+            source,
+            flip: if signed { 0x80 } else { 0 },
+            zero,
+            weights,
+            sink,
+            first_row: rows.start,
+            rows: start..rows.end.min(start + step),
+            channels: first_channel..shape.out_c.min(first_channel + channel_step),
+        };
+        dispatch_bytes(pool.isa(), part);
     });
 }
 
@@ -52,11 +65,16 @@ struct Part<'a> {
     sink: &'a Sink<'a>,
     first_row: usize,
     rows: Range<usize>,
+    channels: Range<usize>,
 }
 
 /// The weights of a block of channels: `[group of taps][part][4]` vectors of four taps per channel.
 #[repr(align(64))]
 struct Table([[u8; PANEL]; TABLE]);
+
+/// A line of 32-bit numbers that vectors do not straddle.
+#[repr(align(64))]
+struct Aligned<N>([N; PANEL]);
 
 /// A block of channels, as many as four vectors of sums have.
 struct Block<'a, T> {
@@ -72,23 +90,30 @@ struct Block<'a, T> {
     table: &'a Table,
     columns: Columns,
     /// What sums start with and are multiplied by, in the order of the vectors.
-    start: [i32; PANEL],
-    scale: [f32; PANEL],
+    start: Aligned<i32>,
+    scale: Aligned<f32>,
 }
 
-/// A weight less its zero point as a sum of signed bytes.
+/// Signed bytes that add up to a weight less its zero point.
 #[inline(always)]
-fn part_of(weight: i32, part: usize) -> i32 {
-    let clamp = |w: i32| w.clamp(-128, 127);
-    let first = clamp(weight);
-    let second = clamp(weight - first);
-    [first, second, weight - first - second][part]
+fn parts_of(weight: i32) -> [i32; PARTS] {
+    let first = weight.clamp(-128, 127);
+    let second = (weight - first).clamp(-128, 127);
+    [first, second, weight - first - second]
+}
+
+/// Writes part `PART` of the weights less their zero points.
+#[inline(always)]
+fn take_part<const PART: usize>(weights: &[i8; PANEL], zeros: &[i32; PANEL], to: &mut [u8; PANEL]) {
+    for ((to, w), z) in to.iter_mut().zip(weights).zip(zeros) {
+        *to = parts_of(i32::from(*w) - z)[PART] as u8;
+    }
 }
 
 impl ByteKernel for Part<'_> {
     #[inline(always)]
     fn run<T: Bytes>(self, t: T) {
-        let Part { shape, source, flip, zero, weights, sink, first_row, rows } = self;
+        let Part { shape, source, flip, zero, weights, sink, first_row, rows, channels } = self;
         let three = shape.kernel == [3, 3] && shape.dilation == [1, 1];
         let width = 4 * T::LANES;
         let mut table = Table([[0; PANEL]; TABLE]);
@@ -96,20 +121,20 @@ impl ByteKernel for Part<'_> {
         let band = (BAND / row_bytes.max(1)).max(4);
         for first in rows.clone().step_by(band) {
             let rows = first..rows.end.min(first + band);
-            for channel in (0..shape.out_c).step_by(width) {
-                let n = width.min(shape.out_c - channel);
+            for channel in channels.clone().step_by(width) {
+                let n = width.min(channels.end - channel);
                 let taps = shape.kernel[0] * shape.kernel[1];
                 let parts = fill(t, shape, weights, channel, n, three, &mut table);
                 let mut columns = Columns::new(weights.sums, weights.zeros, zero, taps, sink, channel, n);
                 // The weights in the table are less their zero points already.
                 columns.has_zeros = false;
                 let bytes = sink.bytes(0, 0).is_some();
-                let (mut start, mut scale) = ([0; PANEL], [0.0; PANEL]);
+                let (mut start, mut scale) = (Aligned([0; PANEL]), Aligned([0.0; PANEL]));
                 for vector in 0..4 {
                     for lane in 0..T::LANES {
                         let (at, column) = (vector * T::LANES + lane, interleaved_column(vector, lane));
-                        start[at] = if bytes { columns.offset[column] } else { 0 };
-                        scale[at] = columns.scale[column];
+                        start.0[at] = if bytes { columns.offset[column] } else { 0 };
+                        scale.0[at] = columns.scale[column];
                     }
                 }
                 let block = Block {
@@ -176,7 +201,9 @@ fn fill<T: Bytes>(
     }
     let (mut low, mut high) = (0, 0);
     for tap in 0..taps {
-        let row = &weights.packed[tap * shape.out_c + channel..][..n];
+        // Loops of constant length become vectors.
+        let mut row = [0; PANEL];
+        row[..n].copy_from_slice(&weights.packed[tap * shape.out_c + channel..][..n]);
         for (w, z) in row.iter().zip(&zeros) {
             let w = i32::from(*w) - z;
             low = low.min(w);
@@ -194,9 +221,12 @@ fn fill<T: Bytes>(
             let mut rows = [[0u8; PANEL]; 4];
             for (place, row) in rows.iter_mut().enumerate() {
                 let Some(tap) = tap_of(three, taps, group, place) else { continue };
-                let stored = &weights.packed[tap * shape.out_c + channel..][..n];
-                for ((to, w), z) in row.iter_mut().zip(stored).zip(&zeros) {
-                    *to = part_of(i32::from(*w) - z, part) as u8;
+                let mut stored = [0; PANEL];
+                stored[..n].copy_from_slice(&weights.packed[tap * shape.out_c + channel..][..n]);
+                match part {
+                    0 => take_part::<0>(&stored, &zeros, row),
+                    1 => take_part::<1>(&stored, &zeros, row),
+                    _ => take_part::<2>(&stored, &zeros, row),
                 }
             }
             let mut vectors = [t.repeat_byte(0); 4];
@@ -245,7 +275,7 @@ impl<T: Bytes> Block<'_, T> {
         let mut sums = [self.t.zero(); 4];
         for v in 0..4 {
             // SAFETY: the array has four vectors.
-            sums[v] = unsafe { self.t.load(self.start.as_ptr().add(v * T::LANES)) };
+            sums[v] = unsafe { self.t.load(self.start.0.as_ptr().add(v * T::LANES)) };
         }
         sums
     }
@@ -261,7 +291,7 @@ impl<T: Bytes> Block<'_, T> {
         unsafe {
             if let Some((out, how)) = self.sink.bytes(pixel, self.channel) {
                 let how: Requantization = how;
-                return self.t.requantize::<false>(sums, self.scale.as_ptr(), how, out, self.n);
+                return self.t.requantize::<false>(sums, self.scale.0.as_ptr(), how, out, self.n);
             }
             let mut lanes = [0; PANEL];
             for v in 0..4 {

@@ -154,7 +154,7 @@ impl<'a> Sink<'a> {
     ) {
         let n = n.min(PANEL);
         let at = row * self.stride + self.first + column;
-        if c.has_zeros {
+        if c.has_zeros && !matches!(self.target, Target::Bytes { .. }) {
             for (sum, zero) in sums.iter_mut().zip(&c.zeros) {
                 *sum = sum.wrapping_sub(zero.wrapping_mul(row_sum));
             }
@@ -170,6 +170,10 @@ impl<'a> Sink<'a> {
                             let at = i + v * T::LANES;
                             parts[v] =
                                 t.add(t.load(sums.as_ptr().add(at)), t.load(c.offset.as_ptr().add(at)));
+                            if c.has_zeros {
+                                let zeros = t.load(c.zeros.as_ptr().add(at));
+                                parts[v] = t.subtract_product(parts[v], zeros, row_sum);
+                            }
                         }
                         let scales = c.scale.as_ptr().add(i);
                         t.requantize::<true>(parts, scales, how, data.add(at + i), (4 * T::LANES).min(n - i));
@@ -197,7 +201,8 @@ impl<'a> Sink<'a> {
     }
 }
 
-/// What is the same for all rows of a panel.
+/// What is the same for all rows of a panel; aligned, for vectors that cross cache lines cost twice.
+#[repr(align(64))]
 pub(super) struct Columns {
     pub(super) offset: [i32; PANEL],
     zeros: [i32; PANEL],

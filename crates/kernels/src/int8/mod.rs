@@ -273,6 +273,10 @@ impl<R: RowSource<u8>> Product<'_, R> {
     }
 }
 
+/// The sums of a tile; aligned, for vectors that cross cache lines cost twice.
+#[repr(align(64))]
+struct Sums([i32; ROWS_MAX * PANEL]);
+
 struct Part<'a, R> {
     product: &'a Product<'a, R>,
     rows: Range<usize>,
@@ -293,7 +297,7 @@ impl<R: RowSource<u8>> ByteKernel for Part<'_, R> {
         let signs = t.repeat_byte(flip as u8);
         let ones = t.repeat_byte(1);
         let mut pointers = [std::ptr::null::<u8>(); SEGMENTS * ROWS_MAX];
-        let mut sums = [0i32; ROWS_MAX * PANEL];
+        let mut sums = Sums([0; ROWS_MAX * PANEL]);
         // A piece is a group of whole taps, or a part of one tap whose length is a multiple of four.
         let (group, piece) = if taps > 1 && run <= OUTSIDE {
             (SEGMENTS.min(taps), run)
@@ -340,7 +344,7 @@ impl<R: RowSource<u8>> ByteKernel for Part<'_, R> {
                             flip,
                             w: w.wrapping_add(((tap * groups + offset / 4) * width + slice) * 4),
                             w_stride: width * 4,
-                            sums: sums.as_mut_ptr().wrapping_add(slice),
+                            sums: sums.0.as_mut_ptr().wrapping_add(slice),
                             resume: tap + offset > 0,
                         };
                         run_tile(t, rows, vectors, &tile);
@@ -377,7 +381,7 @@ impl<R: RowSource<u8>> ByteKernel for Part<'_, R> {
                         break;
                     }
                 }
-                let mut lines = sums.chunks_exact_mut(PANEL);
+                let mut lines = sums.0.chunks_exact_mut(PANEL);
                 for r in 0..rows {
                     let row_sum = if constants.has_zeros { t.total(row_sums[r]) } else { 0 };
                     let line = lines.next().and_then(|line| <&mut [i32; PANEL]>::try_from(line).ok());
@@ -501,6 +505,23 @@ pub fn conv2d_bytes(
     }
     let (runs, run_len) = runs_of(shape);
     let len = packed_len_runs(runs, run_len, columns);
+    // One pixel is one row.
+    if shape.is_pointwise() && [shape.out_h, shape.out_w] == [shape.in_h, shape.in_w] {
+        let first = input.data.as_ptr().wrapping_add((rows.start - first_row) * shape.in_w * input.stride);
+        let product = Product {
+            source: Strided { data: first, stride: input.stride, k: run },
+            gather: false,
+            signed: input.signed,
+            zero,
+            rows: pixels,
+            columns,
+            packed: weights.packed.as_ptr(),
+            sums: weights.sums,
+            weight_zeros: weights.zeros,
+            sink,
+        };
+        return product.run(pool);
+    }
     for group in 0..shape.groups {
         let first = group * columns;
         Product {
