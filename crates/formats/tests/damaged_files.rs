@@ -1,6 +1,10 @@
 //! Damaged files: whatever is done to a good file, reading it ends in a result. The fuzz targets do the same for longer.
+//!
+//! Each test does a fixed number of rounds, the same in every run. `LIGHTER_FUZZ_SECONDS=10` adds ten seconds of new
+//! damage to each; a failure names the `LIGHTER_FUZZ_SEED` that repeats it.
 
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant, SystemTime};
 
 use lightering_formats::image::{Picture, Preprocess};
 use lightering_formats::npy;
@@ -65,9 +69,24 @@ fn check(target: &str, rounds: usize, run: impl Fn(&[u8])) {
     for (_, bytes) in &seeds {
         run(bytes);
     }
-    for _ in 0..rounds {
+    let round = |random: &mut Random| {
         let (seed, donor) = (&seeds[random.below(seeds.len())].1, &seeds[random.below(seeds.len())].1);
-        run(&damage(&mut random, seed, donor));
+        run(&damage(random, seed, donor));
+    };
+    for _ in 0..rounds {
+        round(&mut random);
+    }
+    let number = |name: &str| std::env::var(name).ok().and_then(|v| v.parse::<u64>().ok());
+    let began = Instant::now();
+    let limit = Duration::from_secs(number("LIGHTER_FUZZ_SECONDS").unwrap_or(0));
+    let fresh =
+        || SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(1, |d| d.as_nanos() as u64);
+    let mut seed = number("LIGHTER_FUZZ_SEED").unwrap_or_else(fresh);
+    while began.elapsed() < limit {
+        // Seen only when the round fails.
+        println!("LIGHTER_FUZZ_SEED={seed}");
+        round(&mut Random(seed.max(1)));
+        seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
     }
 }
 
