@@ -259,6 +259,9 @@ pub struct BenchArguments {
     /// Timed runs
     #[arg(long, value_name = "N", default_value_t = 20, value_parser = clap::value_parser!(u32).range(1..=100_000))]
     pub runs: u32,
+    /// Print the time of every node, measured beside predicted
+    #[arg(long)]
+    pub profile: bool,
     /// What is told about it.
     #[command(flatten)]
     pub receipt: ReceiptArguments,

@@ -6,18 +6,19 @@ use crate::usage::Baseline;
 use crate::values::{LoadedInput, Port};
 use anyhow::Context;
 use lightering_engine::{
-    Bindings, EngineError, Feed, Plan, PlanOptions, PrepareOptions, RuntimeValue, Session, SessionOptions,
-    plan_graph, prepare,
+    Bindings, EngineError, Feed, Plan, PlanOptions, PlannedInstruction, PrepareOptions, RuntimeValue,
+    Session, SessionOptions, plan_graph, prepare,
 };
 use lightering_formats::onnx::{self, ModelFile};
 use lightering_graph::{Dim, Graph, TensorType, ValueId, ValueType, cost::graph_cost};
 use lightering_kernels::Isa;
 use lightering_meter::{
-    MachineProfile, MemoryPool, MeterError, ModelIdentity, PlanStep, PlanSummary, Reservation, SpanTotal,
-    Tier, sha256_file, sha256_hex,
+    MachineProfile, MemoryPool, MeterError, ModelIdentity, PlanStep, PlanSummary, Reservation, Tier,
+    sha256_file, sha256_hex,
 };
 use lightering_tier::{ByteSource, release_freed_memory};
 use lightering_units::{Bytes, Flops, Seconds};
+use serde::Serialize;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -301,11 +302,9 @@ impl Model {
             })?;
             release_freed_memory();
             let plan = session.plan();
-            // Of the arena, only the weights that stay have been touched yet; the rest of what came is heap. A plan
-            // of many small steps may take more of it than was foreseen: then plan again in what is left.
-            let resident: Bytes =
-                plan.weights.iter().filter(|w| w.streamed_at.is_none()).map(|w| w.size).sum();
-            let heap = means.baseline.anonymous_since().saturating_sub(inputs + resident);
+            // What came beside the arena is heap. A plan of many small steps may take more of it than was foreseen:
+            // then plan again in what is left.
+            let heap = means.baseline.anonymous_since().saturating_sub(inputs + plan.arena);
             let excess = (heap + uncounted(means)).saturating_sub(held + plan.outside_arena);
             if limit.is_none() || excess == Bytes::ZERO {
                 break session;
@@ -400,6 +399,31 @@ fn planned<T>(
     Ok(planned)
 }
 
+/// What one instruction took over all profiled runs, beside what was foreseen.
+#[derive(Clone, Debug, Serialize)]
+pub struct NodeTime {
+    /// The node, with its rows if it is one stripe of several.
+    pub name: String,
+    /// The operator.
+    pub op: String,
+    /// The kernel that computes it.
+    pub kernel: String,
+    /// Arithmetic operations of one run.
+    pub flops: Flops,
+    /// Bytes of operands and results.
+    pub bytes: Bytes,
+    /// Predicted time of one run, waiting for weights not counted.
+    pub predicted: Seconds,
+    /// Runs.
+    pub count: u64,
+    /// Their sum.
+    pub total: Seconds,
+    /// The shortest.
+    pub min: Seconds,
+    /// The longest.
+    pub max: Seconds,
+}
+
 /// A model that is planned, loaded and ready to run.
 pub struct Planned {
     session: Session,
@@ -407,7 +431,7 @@ pub struct Planned {
     from_file: bool,
     held_before: Bytes,
     _held: Reservation,
-    times: Vec<SpanTotal>,
+    times: Vec<NodeTime>,
 }
 
 struct Inputs<'a>(&'a [LoadedInput]);
@@ -442,16 +466,26 @@ impl Planned {
             outputs.push((name.to_owned(), view.to_value()));
             Ok(())
         })?;
-        for (instruction, seconds) in self.session.plan().instructions.iter().zip(&report.instruction_seconds)
-        {
-            self.times.push(SpanTotal {
-                name: format!("{} ({})", instruction.name, instruction.op),
-                count: 1,
-                total: *seconds,
-                min: *seconds,
-                max: *seconds,
-                bytes: Bytes::ZERO,
-            });
+        if self.times.is_empty() && !report.instruction_seconds.is_empty() {
+            let foreseen = |i: &PlannedInstruction| NodeTime {
+                name: i.name.clone(),
+                op: i.op.clone(),
+                kernel: i.kernel.clone(),
+                flops: i.flops,
+                bytes: i.bytes,
+                predicted: i.seconds,
+                count: 0,
+                total: Seconds(0.0),
+                min: Seconds(f64::INFINITY),
+                max: Seconds(0.0),
+            };
+            self.times = self.session.plan().instructions.iter().map(foreseen).collect();
+        }
+        for (time, &seconds) in self.times.iter_mut().zip(&report.instruction_seconds) {
+            time.count += 1;
+            time.total += seconds;
+            time.min = Seconds(time.min.0.min(seconds.0));
+            time.max = Seconds(time.max.0.max(seconds.0));
         }
         Ok(outputs)
     }
@@ -527,8 +561,8 @@ impl Planned {
         }
     }
 
-    /// The time of every instruction of every profiled run.
-    pub fn node_times(&self) -> Vec<SpanTotal> {
+    /// The time of every instruction over all profiled runs.
+    pub fn node_times(&self) -> Vec<NodeTime> {
         self.times.clone()
     }
 }

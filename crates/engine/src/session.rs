@@ -151,6 +151,7 @@ impl Session {
         // What planning needed for a moment must not count beside what the run holds.
         lightering_tier::release_freed_memory();
         let arena = Arc::new(Arena::new(plan.arena).map_err(EngineError::Memory)?);
+        arena.populate();
         let loader = Loader::new(&program, &assignment, arena.clone(), sources)?;
         let n = program.instructions.len();
         let (mut issue, mut needed) = (vec![Vec::new(); n], vec![Vec::new(); n]);

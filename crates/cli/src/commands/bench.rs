@@ -1,9 +1,9 @@
 //! `lighter bench`
 
 use crate::arguments::BenchArguments;
-use crate::commands::run::energy_model;
+use crate::commands::run::{energy_model, profile_table};
 use crate::failure::{Exit, Failure, Outcome};
-use crate::model::{Means, Model, ModelSource, load_profile};
+use crate::model::{Means, Model, ModelSource, NodeTime, load_profile};
 use crate::output::Output;
 use crate::probe::Scramble;
 use crate::usage::{self, Baseline};
@@ -28,6 +28,7 @@ struct BenchReport {
     min_seconds: Seconds,
     mean_seconds: Seconds,
     seconds: Vec<Seconds>,
+    profile: Vec<NodeTime>,
     receipt: Receipt,
 }
 
@@ -51,7 +52,7 @@ pub fn run(arguments: &BenchArguments, output: Output) -> Outcome {
             return Err(model.with_smallest(failure, &given, means));
         }
     };
-    let mut session = model.plan(&dimensions, &inputs, means, false)?;
+    let mut session = model.plan(&dimensions, &inputs, means, arguments.profile)?;
     let load_seconds = load.elapsed();
 
     // Before the first run, so that it is a prediction.
@@ -111,6 +112,7 @@ pub fn run(arguments: &BenchArguments, output: Output) -> Outcome {
         min_seconds: sorted[0],
         mean_seconds: Seconds(seconds.iter().map(|s| s.0).sum::<f64>() / seconds.len() as f64),
         seconds,
+        profile: session.node_times(),
         receipt,
     };
     let mut text = String::new();
@@ -120,6 +122,10 @@ pub fn run(arguments: &BenchArguments, output: Output) -> Outcome {
         "median {}, 95th percentile {}, fastest {} ({} runs, {threads} threads, {})\n",
         report.median_seconds, report.p95_seconds, report.min_seconds, report.runs, report.receipt.isa
     );
+    if arguments.profile {
+        text.push_str(&profile_table(&report.profile));
+        text.push('\n');
+    }
     text.push_str(&usage::summary(&report.receipt));
     output.result(&report, &text)?;
     usage::check_budget(&report.receipt)?;

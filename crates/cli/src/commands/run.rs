@@ -4,14 +4,14 @@ use crate::arguments::{NamedFile, RunArguments};
 use crate::array::{Tolerance, top_k};
 use crate::embedded;
 use crate::failure::{Exit, Failure, Outcome};
-use crate::model::{Means, Model, ModelSource, load_profile};
+use crate::model::{Means, Model, ModelSource, NodeTime, load_profile};
 use crate::output::{Output, Table};
 use crate::usage::{self, Baseline};
 use crate::values::{self, InputBytes, Port};
 use anyhow::Context;
 use lightering_engine::RuntimeValue;
 use lightering_graph::DType;
-use lightering_meter::{EnergyMeter, EnergyModel, MemoryPool, Receipt, SpanTotal, Stopwatch};
+use lightering_meter::{EnergyMeter, EnergyModel, MemoryPool, Receipt, Stopwatch};
 use lightering_units::Seconds;
 use serde::Serialize;
 use std::fmt::Write as _;
@@ -29,7 +29,7 @@ struct RunReport {
     schema: &'static str,
     outputs: Vec<OutputReport>,
     expect: Vec<ExpectReport>,
-    profile: Vec<SpanTotal>,
+    profile: Vec<NodeTime>,
     receipt: Receipt,
 }
 
@@ -329,17 +329,20 @@ fn text(report: &RunReport, arguments: &RunArguments) -> String {
 }
 
 /// The slowest nodes first, with their share.
-pub fn profile_table(spans: &[SpanTotal]) -> String {
-    let total: Seconds = spans.iter().map(|s| s.total).sum();
-    let mut sorted: Vec<&SpanTotal> = spans.iter().collect();
+pub fn profile_table(times: &[NodeTime]) -> String {
+    let total: Seconds = times.iter().map(|t| t.total).sum();
+    let mut sorted: Vec<&NodeTime> = times.iter().collect();
     sorted.sort_by(|a, b| b.total.0.total_cmp(&a.total.0));
-    let mut table = Table::new(&["node", ">time", ">share", ">count"]);
-    for span in sorted {
+    let mut table = Table::new(&["node", "op", "kernel", ">fastest", ">mean", ">predicted", ">share"]);
+    for time in sorted {
         table.row([
-            span.name.clone(),
-            span.total.to_string(),
-            format!("{:.1} %", if total.0 > 0.0 { span.total / total * 100.0 } else { 0.0 }),
-            span.count.to_string(),
+            time.name.clone(),
+            time.op.clone(),
+            time.kernel.clone(),
+            time.min.to_string(),
+            Seconds(time.total.0 / time.count.max(1) as f64).to_string(),
+            time.predicted.to_string(),
+            format!("{:.1} %", if total.0 > 0.0 { time.total / total * 100.0 } else { 0.0 }),
         ]);
     }
     table.text()

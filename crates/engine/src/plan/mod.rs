@@ -17,7 +17,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use lightering_meter::MachineProfile;
-use lightering_units::{Bytes, Seconds};
+use lightering_units::{Bytes, Flops, Seconds};
 use serde::{Deserialize, Serialize};
 
 use crate::EngineError;
@@ -62,6 +62,10 @@ pub struct PlannedInstruction {
     pub op: String,
     /// Which kernel computes it.
     pub kernel: String,
+    /// Arithmetic operations.
+    pub flops: Flops,
+    /// Bytes of operands and results.
+    pub bytes: Bytes,
     /// Predicted time, waiting for weights not counted.
     pub seconds: Seconds,
     /// Bytes of the arena in use while it runs.
@@ -458,6 +462,8 @@ fn finish(
             },
             op: instruction.node.op.name().to_owned(),
             kernel: instruction.kernel.name().to_owned(),
+            flops: instruction.cost.flops,
+            bytes: instruction.cost.bytes_read + instruction.cost.bytes_written,
             seconds: Seconds(timeline.compute[i]),
             live: Bytes(live.get(i).copied().unwrap_or(0) as u64),
         })
