@@ -1,4 +1,4 @@
-//! Readers and writers: ONNX, NumPy, images.
+//! Readers and writers: ONNX, GGUF, safetensors, NumPy, images.
 //!
 //! Every parser here treats its input as hostile: sizes are checked against named limits before anything is allocated,
 //! and whatever is wrong ends in an [`Error`] that says where and what was expected.
@@ -17,10 +17,12 @@
 #![forbid(unsafe_code)]
 
 mod error;
+pub mod gguf;
 pub mod image;
 pub mod npy;
 pub mod onnx;
 pub mod protobuf;
+pub mod safetensors;
 mod tensor;
 
 pub use error::{Error, Result};
