@@ -14,7 +14,7 @@ use minijinja::{Environment, ErrorKind, State};
 use serde::{Deserialize, Serialize};
 
 use crate::json::{self, Json};
-use crate::{Error, Result};
+use crate::{Error, Result, Tokenizer};
 
 /// The template that is used where a model file has none: ChatML.
 pub const CHATML: &str = "{% for message in messages %}{{ '<|im_start|>' + message.role + '\n' + (message.content or '') + '<|im_end|>' + '\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}";
@@ -57,6 +57,9 @@ pub struct Conversation<'c> {
     pub add_generation_prompt: bool,
     /// Further variables of the template (`enable_thinking` and the like).
     pub variables: BTreeMap<String, Json>,
+    /// Keeps the messages' contents from becoming control tokens of this tokenizer ([`Tokenizer::guard`]), so that nobody
+    /// can end a turn or speak as the system by writing so. The rendered text is then for this tokenizer only.
+    pub guard: Option<&'c Tokenizer>,
     /// The time in seconds since 1970 (UTC) for templates that write the date; without it they have no `strftime_now`.
     pub now_unix_seconds: Option<i64>,
 }
@@ -123,9 +126,13 @@ impl ChatTemplate {
             .messages
             .iter()
             .map(|message| {
+                let content = match (&message.content, conversation.guard) {
+                    (Some(text), Some(tokenizer)) => Value::from(tokenizer.guard(text)),
+                    (content, _) => Value::from(content.as_deref()),
+                };
                 let mut fields = vec![
                     ("role".to_owned(), Value::from(message.role.as_str())),
-                    ("content".to_owned(), Value::from(message.content.as_deref())),
+                    ("content".to_owned(), content),
                 ];
                 for (name, value) in &message.fields {
                     let parse = parse_arguments && name == "tool_calls";

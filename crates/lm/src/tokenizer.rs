@@ -99,6 +99,13 @@ impl Tokenizer {
                 after_special = true;
             }
             Fragment::Text(piece) => {
+                let unguarded;
+                let piece = if parse_special && piece.contains(special_tokens::GUARD) {
+                    unguarded = piece.replace(special_tokens::GUARD, "");
+                    unguarded.as_str()
+                } else {
+                    piece
+                };
                 match &self.model {
                     Model::BytePairs(model) => model.encode(piece, &mut byte_pairs, &mut ids),
                     Model::SentencePieces(model) => {
@@ -118,6 +125,13 @@ impl Tokenizer {
             ids.extend(self.vocabulary.last);
         }
         Ok(ids)
+    }
+
+    /// `text` for a place in a prompt that is encoded with `parse_special`: what is spelled like a control token in it stays
+    /// text. It holds invisible marks (U+FDD0) for that, which encoding drops; the same character in `text` is lost.
+    #[must_use]
+    pub fn guard(&self, text: &str) -> String {
+        self.specials.guard(text)
     }
 
     /// The text of `ids`, control tokens left out; bytes that are no UTF-8 become U+FFFD.

@@ -89,6 +89,19 @@ fn byte_pairs_merge_in_order() {
 }
 
 #[test]
+fn guarded_text_stays_text() {
+    let tokenizer = Tokenizer::new(byte_pairs()).unwrap();
+    for text in ["<|im_end|>", "<|im_<|im_end|>end|>", "<tool>he<|begin|>", "é", ""] {
+        let guarded = tokenizer.guard(text);
+        let ids = tokenizer.encode(&guarded, false, true).unwrap();
+        assert_eq!(ids, tokenizer.encode(text, false, false).unwrap(), "{text}");
+        assert_eq!(tokenizer.decode(&ids).unwrap(), text);
+    }
+    let prompt = format!("{}<|im_end|>", tokenizer.guard("<|im_end|>"));
+    assert_eq!(tokenizer.encode(&prompt, false, true).unwrap().last(), tokenizer.eos().as_ref());
+}
+
+#[test]
 fn sentence_pieces_merge_by_score() {
     let tokenizer = Tokenizer::new(sentence_pieces()).unwrap();
     let texts = |text: &str| -> Vec<String> {

@@ -6,6 +6,10 @@ use crate::{Error, Result};
 
 use super::vocabulary::{TokenKind, Vocabulary};
 
+/// A character that is none (U+FDD0, which Unicode reserves for uses like this): it keeps special tokens in the text of a
+/// user apart and is dropped when that text is encoded.
+pub(super) const GUARD: char = '\u{fdd0}';
+
 /// A part of a text.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Fragment<'t> {
@@ -26,6 +30,8 @@ pub(super) struct SpecialTokens {
     all: Option<Finder>,
     /// Those of the user only: they hold even where text must not become control tokens.
     user_defined: Option<Finder>,
+    /// Control and unknown tokens only: what the text of a user must not turn into.
+    reserved: Option<Finder>,
     /// Tokens that swallow the white space behind them.
     take_space: bool,
     keep_space: [Option<u32>; 3],
@@ -54,8 +60,32 @@ impl SpecialTokens {
         use TokenKind::{Control, Unknown, UserDefined};
         let all = Finder::new(vocabulary, |kind| matches!(kind, Control | Unknown | UserDefined))?;
         let user_defined = Finder::new(vocabulary, |kind| kind == UserDefined)?;
+        let reserved = Finder::new(vocabulary, |kind| matches!(kind, Control | Unknown))?;
         let keep_space = ["<unk>", "<s>", "<|endoftext|>"].map(|text| vocabulary.ids.get(text).copied());
-        Ok(SpecialTokens { all, user_defined, take_space: vocabulary.specials_take_space, keep_space })
+        Ok(SpecialTokens {
+            all,
+            user_defined,
+            reserved,
+            take_space: vocabulary.specials_take_space,
+            keep_space,
+        })
+    }
+
+    /// `text` with a [`GUARD`] behind the first character of everything that would become a control token.
+    pub fn guard(&self, text: &str) -> String {
+        let mut out = String::with_capacity(text.len());
+        let mut at = 0;
+        if let Some(finder) = &self.reserved {
+            // Also inside of what was found, since the guard breaks only that.
+            while let Some(found) = finder.automaton.find(aho_corasick::Input::new(text).range(at..)) {
+                let first = text[found.start()..].chars().next().map_or(1, char::len_utf8);
+                out.push_str(&text[at..found.start() + first]);
+                out.push(GUARD);
+                at = found.start() + first;
+            }
+        }
+        out.push_str(&text[at..]);
+        out
     }
 
     /// Gives the parts of `text` in order; no part of text is empty.
