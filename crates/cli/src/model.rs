@@ -98,6 +98,8 @@ const UNCOUNTED_PER_THREAD: Bytes = Bytes::kib(24);
 
 /// A session is planned at most so many times, each time with what the last search left on the heap in mind.
 const PLANS_MAX: u32 = 4;
+/// Heap that an attempt at a plan leaves in use at most.
+const LEFT_BY_ATTEMPT: Bytes = Bytes::kib(48);
 
 /// What a plan may use; see the fields of the command line.
 #[derive(Clone, Copy)]
@@ -305,7 +307,9 @@ impl Model {
             // What came beside the arena is heap. A plan of many small steps may take more of it than was foreseen:
             // then plan again in what is left.
             let heap = means.baseline.anonymous_since().saturating_sub(inputs + plan.arena);
-            let excess = (heap + uncounted(means)).saturating_sub(held + plan.outside_arena);
+            // Half of what is set aside for it may be in use before the run begins.
+            let expected = held + plan.outside_arena;
+            let excess = (heap + Bytes(uncounted(means).0 / 2)).saturating_sub(expected);
             if limit.is_none() || excess == Bytes::ZERO {
                 break session;
             }
@@ -313,7 +317,8 @@ impl Model {
                 let enough = limit.unwrap_or_default() + excess * 2;
                 return Err(refused(means, enough, format!("keeping the plan in mind takes {excess} more")));
             }
-            held += excess;
+            // A little more each time, because an attempt leaves some pages behind.
+            held += excess + LEFT_BY_ATTEMPT;
         };
         drop(graph);
         release_freed_memory();
