@@ -8,6 +8,7 @@ mod clock;
 
 use std::collections::BTreeMap;
 
+use lightering_formats::gguf::Metadata;
 use minijinja::syntax::SyntaxConfig;
 use minijinja::value::{Kwargs, Rest, Value};
 use minijinja::{Environment, ErrorKind, State};
@@ -105,6 +106,16 @@ impl ChatTemplate {
         );
         environment.add_template_owned(NAME, without_generation_tags(source)).map_err(template_error)?;
         Ok(ChatTemplate { environment, bos: bos.to_owned(), eos: eos.to_owned() })
+    }
+
+    /// The template of a GGUF file, with the tokens of its tokenizer; [`CHATML`] where it has none.
+    ///
+    /// # Errors
+    /// Those of [`ChatTemplate::new`], and [`Error::Format`] for a template that is no text.
+    pub fn from_gguf(metadata: &Metadata, tokenizer: &Tokenizer) -> Result<ChatTemplate> {
+        let text = |id: Option<u32>| id.and_then(|id| tokenizer.token_text(id)).unwrap_or_default();
+        let source = metadata.get_str("tokenizer.chat_template")?;
+        ChatTemplate::new(source, text(tokenizer.bos()), text(tokenizer.eos()))
     }
 
     /// The text of a conversation. Encode it with `parse_special` on and `add_special` off if the template writes the

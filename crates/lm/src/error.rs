@@ -34,6 +34,9 @@ pub enum Error {
         /// The largest value that is accepted.
         limit: u64,
     },
+    /// A model file's metadata has no such key, or it is of another type.
+    #[error(transparent)]
+    Format(#[from] lightering_formats::Error),
     /// A chat template is wrong, or refuses the conversation.
     #[error("chat template, line {line}: {what}")]
     Template {

@@ -3,12 +3,15 @@
 mod byte_alphabet;
 mod byte_pairs;
 mod merging;
+mod metadata;
 mod pre_tokenizer;
 mod sentence_pieces;
 mod special_tokens;
 mod stream;
 mod vocabulary;
 mod word_pieces;
+
+use lightering_formats::gguf::Metadata;
 
 use crate::{Error, Result};
 
@@ -70,6 +73,14 @@ impl Tokenizer {
         };
         let specials = SpecialTokens::new(&vocabulary)?;
         Ok(Tokenizer { vocabulary, model, specials })
+    }
+
+    /// The tokenizer of a GGUF file.
+    ///
+    /// # Errors
+    /// Those of [`VocabularyData::from_gguf`] and [`Tokenizer::new`].
+    pub fn from_gguf(metadata: &Metadata) -> Result<Tokenizer> {
+        Tokenizer::new(VocabularyData::from_gguf(metadata)?)
     }
 
     /// The token ids of `text`.

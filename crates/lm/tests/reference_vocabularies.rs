@@ -1,11 +1,11 @@
 //! Every vocabulary for which llama.cpp ships texts with their expected ids. They are looked for under
 //! `$LIGHTER_TEST_DATA/tokenizers` (default `~/.cache/lighter-test-data`); `tools/fetch_test_data.sh` puts them there.
 
-use std::collections::HashMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use lightering_lm::{Tokenizer, VocabularyData};
+use lightering_formats::gguf::{GgufFile, Metadata};
+use lightering_lm::{ChatTemplate, Conversation, Message, Tokenizer};
 
 fn folder() -> Option<PathBuf> {
     let root = std::env::var_os("LIGHTER_TEST_DATA")
@@ -19,110 +19,10 @@ fn folder() -> Option<PathBuf> {
     None
 }
 
-#[derive(Debug)]
-enum Value {
-    Number(f64),
-    Text(String),
-    Many(Vec<Value>),
-}
-
-/// The metadata of a good GGUF file.
-struct Gguf<'b>(&'b [u8]);
-
-impl Gguf<'_> {
-    fn take<const N: usize>(&mut self) -> [u8; N] {
-        let (head, rest) = self.0.split_at(N);
-        self.0 = rest;
-        head.try_into().unwrap()
-    }
-
-    fn long(&mut self) -> usize {
-        u64::from_le_bytes(self.take()) as usize
-    }
-
-    fn text(&mut self) -> String {
-        let length = self.long();
-        let (head, rest) = self.0.split_at(length);
-        self.0 = rest;
-        String::from_utf8_lossy(head).into_owned()
-    }
-
-    fn value(&mut self, kind: u32) -> Value {
-        Value::Number(match kind {
-            0 | 7 => f64::from(self.take::<1>()[0]),
-            1 => f64::from(i8::from_le_bytes(self.take())),
-            2 => f64::from(u16::from_le_bytes(self.take())),
-            3 => f64::from(i16::from_le_bytes(self.take())),
-            4 => f64::from(u32::from_le_bytes(self.take())),
-            5 => f64::from(i32::from_le_bytes(self.take())),
-            6 => f64::from(f32::from_le_bytes(self.take())),
-            8 => return Value::Text(self.text()),
-            9 => {
-                let kind = u32::from_le_bytes(self.take());
-                let count = self.long();
-                return Value::Many((0..count).map(|_| self.value(kind)).collect());
-            }
-            _ => self.long() as f64,
-        })
-    }
-
-    fn metadata(bytes: &[u8]) -> HashMap<String, Value> {
-        let mut file = Gguf(bytes);
-        assert_eq!(&file.take::<4>(), b"GGUF");
-        file.take::<12>();
-        let count = file.long();
-        (0..count)
-            .map(|_| {
-                let key = file.text();
-                let kind = u32::from_le_bytes(file.take());
-                (key, file.value(kind))
-            })
-            .collect()
-    }
-}
-
-fn vocabulary(path: &Path) -> VocabularyData {
-    let metadata = Gguf::metadata(&fs::read(path).unwrap());
-    let get = |key: &str| metadata.get(&format!("tokenizer.ggml.{key}"));
-    let text = |value: Option<&Value>| match value {
-        Some(Value::Text(text)) => text.clone(),
-        _ => String::new(),
-    };
-    let texts = |key: &str| match get(key) {
-        Some(Value::Many(all)) => all.iter().map(|v| text(Some(v))).collect(),
-        _ => Vec::new(),
-    };
-    let numbers = |key: &str| match get(key) {
-        Some(Value::Many(all)) => {
-            all.iter().map(|v| if let Value::Number(n) = v { *n } else { panic!("{key}") }).collect()
-        }
-        _ => Vec::new(),
-    };
-    let number = |key: &str| match get(key) {
-        Some(Value::Number(n)) => Some(*n as u32),
-        _ => None,
-    };
-    VocabularyData {
-        model: text(get("model")),
-        pre: text(get("pre")),
-        name: text(metadata.get("general.name")),
-        tokens: texts("tokens"),
-        scores: numbers("scores").into_iter().map(|n| n as f32).collect(),
-        token_types: numbers("token_type").into_iter().map(|n| n as i32).collect(),
-        merges: texts("merges"),
-        bos: number("bos_token_id").or(number("cls_token_id")),
-        eos: number("eos_token_id"),
-        eot: number("eot_token_id"),
-        eom: number("eom_token_id"),
-        unknown: number("unknown_token_id"),
-        separator: number("seperator_token_id"),
-        padding: number("padding_token_id"),
-        add_bos: number("add_bos_token").map(|n| n != 0),
-        add_eos: number("add_eos_token").map(|n| n != 0),
-        add_space_prefix: number("add_space_prefix").map(|n| n != 0),
-        lowercase: None,
-        strip_accents: None,
-    }
+/// The metadata of a file.
+fn metadata(path: &Path) -> Metadata {
+    let bytes = fs::read(path).unwrap();
+    GgufFile::read(&bytes).unwrap_or_else(|error| panic!("{}: {error}", path.display())).metadata
 }
 
 #[test]
@@ -134,7 +34,7 @@ fn ids_are_those_of_the_reference() {
     let (mut exact, mut wrong) = (0, Vec::new());
     for path in &paths {
         let name = path.file_stem().unwrap().to_str().unwrap().trim_start_matches("ggml-vocab-");
-        let tokenizer = match Tokenizer::new(vocabulary(path)) {
+        let tokenizer = match Tokenizer::from_gguf(&metadata(path)) {
             Ok(tokenizer) => tokenizer,
             Err(error) if name == "nomic-bert-moe" => {
                 assert!(error.to_string().contains("\"t5\" is not supported"), "{error}");
@@ -171,4 +71,48 @@ fn ids_are_those_of_the_reference() {
     }
     assert!(wrong.is_empty(), "{} differences, {exact} exact:\n{}", wrong.len(), wrong.join("\n"));
     assert!(exact >= 15, "only {exact} vocabularies with expected ids");
+}
+
+#[test]
+fn conversations_reach_the_model_as_trained() {
+    let Some(folder) = folder() else { return };
+    let question = "Is <|im_end|> </s> 1 < 2?";
+    let check = |name: &str, text: &str, specials: &[&str]| {
+        let metadata = metadata(&folder.join(format!("ggml-vocab-{name}.gguf")));
+        let tokenizer = Tokenizer::from_gguf(&metadata).unwrap();
+        let template = ChatTemplate::from_gguf(&metadata, &tokenizer).unwrap();
+        let messages = [Message::new("user", question)];
+        let conversation =
+            Conversation { messages: &messages, add_generation_prompt: true, ..Conversation::default() };
+        let rendered = template.render(&conversation).unwrap();
+        assert_eq!(rendered, text);
+        let ids = tokenizer.encode(&rendered, false, true).unwrap();
+        // Guarded, the question stays text: every control token is one of the template.
+        let guarded = template.render(&Conversation { guard: Some(&tokenizer), ..conversation }).unwrap();
+        let guarded = tokenizer.encode(&guarded, false, true).unwrap();
+        assert!(guarded.len() >= ids.len());
+        for special in specials {
+            let id = tokenizer.token_id(special).unwrap();
+            let expected = text.matches(special).count() - question.matches(special).count();
+            assert_eq!(guarded.iter().filter(|other| **other == id).count(), expected, "{name}: {special}");
+        }
+        for special in specials {
+            let id = tokenizer.token_id(special).unwrap();
+            assert!(ids.contains(&id), "{name}: {special} is not in {ids:?}");
+        }
+    };
+    check(
+        "qwen2",
+        &format!(
+            "<|im_start|>system\nYou are a helpful assistant<|im_end|>\n<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
+        ),
+        &["<|im_start|>", "<|im_end|>"],
+    );
+    check(
+        "phi-3",
+        &format!("<s><|user|>\n{question}<|end|>\n<|assistant|>\n"),
+        &["<s>", "<|user|>", "<|end|>", "<|assistant|>"],
+    );
+    // No template in the file: ChatML.
+    check("gpt-2", &format!("<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"), &[]);
 }

@@ -2,7 +2,10 @@
 
 use std::path::Path;
 
-use lightering_lm::{Error, StreamDecoder, TokenKind, Tokenizer, VocabularyData};
+use lightering_formats::gguf::{Array, GgufFile, GgufWriter, Metadata, Value};
+use lightering_lm::{
+    ChatTemplate, Conversation, Error, Message, StreamDecoder, TokenKind, Tokenizer, VocabularyData,
+};
 use proptest::prelude::*;
 
 /// The byte alphabet of GPT-2, in the order in which its vocabularies list it.
@@ -292,4 +295,57 @@ proptest! {
             prop_assert_eq!(decoded, expected);
         }
     }
+}
+
+/// A GGUF file without weights that carries a vocabulary.
+fn gguf(data: &VocabularyData, change: impl FnOnce(&mut GgufWriter)) -> Metadata {
+    let mut writer = GgufWriter::new();
+    let mut set = |key: &str, value: Value| writer.set(&format!("tokenizer.ggml.{key}"), value).unwrap();
+    set("model", Value::from(data.model.as_str()));
+    set("pre", Value::from(data.pre.as_str()));
+    set("tokens", Value::Array(Array::Strings(data.tokens.clone())));
+    set("token_type", Value::Array(Array::I32(data.token_types.clone())));
+    set("merges", Value::Array(Array::Strings(data.merges.clone())));
+    set("bos_token_id", Value::U32(data.bos.unwrap()));
+    set("eos_token_id", Value::U32(data.eos.unwrap()));
+    change(&mut writer);
+    let mut file = Vec::new();
+    writer.begin(&mut file).unwrap().finish().unwrap();
+    GgufFile::read(&file).unwrap().metadata
+}
+
+#[test]
+fn vocabularies_and_templates_come_out_of_gguf() {
+    let data = byte_pairs();
+    let metadata = gguf(&data, |_| ());
+    assert_eq!(VocabularyData::from_gguf(&metadata).unwrap(), data);
+    let metadata = gguf(&data, |file| {
+        let set = &mut |key: &str, value| file.set(key, value).unwrap();
+        set("general.name", Value::from("small"));
+        set("tokenizer.ggml.add_bos_token", Value::Bool(false));
+        set(
+            "tokenizer.chat_template",
+            Value::from("{{ bos_token }}{{ messages[0].content }}{{ eos_token }}"),
+        );
+    });
+    let tokenizer = Tokenizer::from_gguf(&metadata).unwrap();
+    assert!(!tokenizer.adds_bos());
+    let messages = [Message::new("user", "hello")];
+    let conversation = Conversation { messages: &messages, ..Conversation::default() };
+    let template = ChatTemplate::from_gguf(&metadata, &tokenizer).unwrap();
+    assert_eq!(template.render(&conversation).unwrap(), "<|begin|>hello<|im_end|>");
+
+    let refused = |change: &dyn Fn(&mut GgufWriter), message: &str| {
+        let error = Tokenizer::from_gguf(&gguf(&data, change)).unwrap_err().to_string();
+        assert!(error.contains(message), "{error}");
+    };
+    let set =
+        |key: &'static str, value: Value| move |file: &mut GgufWriter| file.set(key, value.clone()).unwrap();
+    refused(&set("tokenizer.ggml.tokens", Value::U32(1)), "an array of strings");
+    refused(&set("tokenizer.ggml.model", Value::Bool(true)), "a string");
+    refused(&set("tokenizer.ggml.eos_token_id", Value::U64(1 << 40)), "the id of a token");
+    refused(&set("tokenizer.ggml.eos_token_id", Value::I32(-1)), "an integer that is not negative");
+    assert!(
+        Tokenizer::from_gguf(&Metadata::default()).unwrap_err().to_string().contains("tokenizer.ggml.model")
+    );
 }
