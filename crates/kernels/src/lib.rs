@@ -23,6 +23,7 @@
 //! panics at the entry of the function, before anything is written.
 
 pub mod arch;
+mod blocks;
 mod conv;
 mod depthwise;
 mod elementwise;
@@ -39,6 +40,9 @@ mod pool;
 mod threads;
 
 pub use arch::Isa;
+pub use blocks::{
+    BlockActivations, block_matmul, block_matmul_scratch_len, can_quantize, dequantize_row, quantize_row,
+};
 pub use conv::{
     ConvInput, ConvShape, ConvTransposeShape, conv_packed_len, conv_scratch_len, conv_transpose_packed_len,
     conv_transpose2d, conv2d, pack_conv, pack_conv_transpose, rows_under_window,

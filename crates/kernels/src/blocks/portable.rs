@@ -1,0 +1,155 @@
+//! Products in plain Rust: what the vector code must match bit for bit. Compiled for each instruction set.
+
+use half::{bf16, f16};
+use lightering_units::BlockFormat;
+
+use super::unpack::{SuperBlock, offset, unpack_small, unpack_super};
+use super::{Part, SUPER, TILE, sum8, sum16};
+use crate::arch::{Kernel, Simd};
+
+pub(super) struct Products<'a, 'b>(pub(super) &'a Part<'b>);
+
+impl Kernel for Products<'_, '_> {
+    type Output = ();
+    #[inline(always)]
+    fn run<S: Simd>(self, _simd: S) {
+        let part = self.0;
+        let rows = part.activations.rows;
+        for row in (0..rows).step_by(TILE) {
+            if row + TILE <= rows {
+                tile::<TILE>(part, row);
+            } else {
+                (row..rows).for_each(|row| tile::<1>(part, row));
+            }
+        }
+    }
+}
+
+#[inline(always)]
+fn tile<const R: usize>(part: &Part<'_>, row: usize) {
+    for channel in 0..part.channels {
+        let w = &part.w[channel * part.row_bytes..][..part.row_bytes];
+        let sums = match part.format.block_len() {
+            1 => plain::<R>(part, w, row),
+            32 => small::<R>(part, w, row),
+            _ => super_blocks::<R>(part, w, row),
+        };
+        for r in 0..R {
+            part.put(row + r, channel, sums[r]);
+        }
+    }
+}
+
+/// Sums of four products each.
+#[inline(always)]
+fn dot(codes: &[i16; 64], a: &[i8]) -> [i32; 16] {
+    let a = &a[..64];
+    std::array::from_fn(|l| {
+        (0..4).map(|j| i32::from(codes[4 * l + j]) * i32::from(a[4 * l + j])).sum::<i32>()
+    })
+}
+
+#[inline(always)]
+fn small<const R: usize>(part: &Part<'_>, w: &[u8], row: usize) -> [f32; R] {
+    let format = part.format;
+    let zero = i16::from(offset(format));
+    let with_minimum = matches!(format, BlockFormat::Q4_1 | BlockFormat::Q5_1);
+    let mut blocks = w.chunks_exact(format.block_bytes());
+    let parts: [_; R] = std::array::from_fn(|r| part.activations.quantized.parts(row + r));
+    let mut acc = [[0f32; 16]; R];
+    let mut minima = [[0f32; 16]; R];
+    for first in (0..part.activations.quantized.padded / 32).step_by(2) {
+        let mut codes = [0i16; 64];
+        let mut scales = [0f32; 2];
+        for b in 0..2 {
+            let mut bytes = [0u8; 32];
+            // What lies past the row has a scale of zero.
+            let Some(block) = blocks.next() else { continue };
+            let (scale, minimum) = unpack_small(format, block, &mut bytes);
+            scales[b] = scale;
+            for i in 0..32 {
+                codes[32 * b + i] = i16::from(bytes[i]) - zero;
+            }
+            if with_minimum {
+                for r in 0..R {
+                    let (_, d, sums) = parts[r];
+                    minima[r][(first + b) % 16] += (minimum * d[first + b]) * sums[first + b];
+                }
+            }
+        }
+        for r in 0..R {
+            let (a, d, _) = parts[r];
+            let sums = dot(&codes, &a[32 * first..]);
+            for l in 0..16 {
+                acc[r][l] += sums[l] as f32 * (scales[l / 8] * d[first + l / 8]);
+            }
+        }
+    }
+    std::array::from_fn(|r| if with_minimum { sum16(&acc[r]) + sum16(&minima[r]) } else { sum16(&acc[r]) })
+}
+
+#[inline(always)]
+fn super_blocks<const R: usize>(part: &Part<'_>, w: &[u8], row: usize) -> [f32; R] {
+    let parts: [_; R] = std::array::from_fn(|r| part.activations.quantized.parts(row + r));
+    let mut acc = [[0f32; 16]; R];
+    let mut minima = [[0f32; 8]; R];
+    let mut b = SuperBlock::EMPTY;
+    for (at, block) in w.chunks_exact(part.format.block_bytes()).enumerate() {
+        unpack_super(part.format, block, &mut b);
+        for r in 0..R {
+            let (a, d, sums) = parts[r];
+            let a = &a[SUPER * at..SUPER * at + SUPER];
+            let group_sums: &[i16] = &bytemuck::cast_slice(sums)[16 * at..16 * at + 16];
+            let mut lanes = [0i32; 16];
+            for c in 0..4 {
+                let codes: [i16; 64] = std::array::from_fn(|i| i16::from(b.codes[64 * c + i]));
+                let sums = dot(&codes, &a[64 * c..]);
+                for l in 0..16 {
+                    lanes[l] += sums[l] * i32::from(b.scales[4 * c + l / 4]);
+                }
+            }
+            let (scale, minimum) = (b.scale * d[at], b.minimum * d[at]);
+            for l in 0..16 {
+                acc[r][l] += lanes[l] as f32 * scale;
+            }
+            for l in 0..8 {
+                let pair = i32::from(b.minima[2 * l]) * i32::from(group_sums[2 * l])
+                    + i32::from(b.minima[2 * l + 1]) * i32::from(group_sums[2 * l + 1]);
+                minima[r][l] += pair as f32 * minimum;
+            }
+        }
+    }
+    std::array::from_fn(|r| sum16(&acc[r]) - sum8(&minima[r]))
+}
+
+#[inline(always)]
+fn plain<const R: usize>(part: &Part<'_>, w: &[u8], row: usize) -> [f32; R] {
+    let (x, k) = (part.activations.x, part.activations.k);
+    let size = part.format.block_bytes();
+    let mut acc = [[0f32; 64]; R];
+    for at in (0..k).step_by(64) {
+        let len = 64.min(k - at);
+        let bytes = &w[at * size..(at + len) * size];
+        let mut values = [0f32; 64];
+        for i in 0..len {
+            values[i] = match part.format {
+                BlockFormat::F32 => {
+                    f32::from_le_bytes([bytes[4 * i], bytes[4 * i + 1], bytes[4 * i + 2], bytes[4 * i + 3]])
+                }
+                BlockFormat::F16 => f16::from_le_bytes([bytes[2 * i], bytes[2 * i + 1]]).to_f32(),
+                _ => bf16::from_le_bytes([bytes[2 * i], bytes[2 * i + 1]]).to_f32(),
+            };
+        }
+        for r in 0..R {
+            let mut padded = [0f32; 64];
+            padded[..len].copy_from_slice(&x[(row + r) * k + at..][..len]);
+            for l in 0..64 {
+                acc[r][l] = values[l].mul_add(padded[l], acc[r][l]);
+            }
+        }
+    }
+    std::array::from_fn(|r| {
+        let a = &acc[r];
+        sum16(&std::array::from_fn(|l| (a[l] + a[l + 16]) + (a[l + 32] + a[l + 48])))
+    })
+}
