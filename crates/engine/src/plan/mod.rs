@@ -243,13 +243,11 @@ pub(crate) fn plan(mut program: Program, options: &PlanOptions) -> Result<Layout
             return Ok(finish(program, assignment, decisions, options, outside, &rates));
         }
     }
-    match fit(&program, budget, &rates) {
-        Ok(Fitting { program, assignment, decisions: more, outside }) => {
-            decisions.extend(more);
-            Ok(finish(program, assignment, decisions, options, outside, &rates))
-        }
-        Err(shortage) => Err(shortage.into_error(&program, budget, &rates)),
-    }
+    let found =
+        fit(&program, budget, &rates).or_else(|shortage| shortage.look_further(&program, budget, &rates));
+    let Fitting { program, assignment, decisions: more, outside } = found?;
+    decisions.extend(more);
+    Ok(finish(program, assignment, decisions, options, outside, &rates))
 }
 
 /// A program that fits, and the bytes that it takes outside the arena.
@@ -346,12 +344,19 @@ impl Shortage {
         }
     }
 
-    /// The error with a smallest budget for which a plan was really made.
-    fn into_error(self, program: &Program, budget: Bytes, rates: &predict::Rates) -> EngineError {
+    /// The error with a smallest budget for which a plan was really made; or, since the search is a greedy one, a
+    /// plan after all, where aiming elsewhere finds one.
+    fn look_further(
+        self,
+        program: &Program,
+        budget: Bytes,
+        rates: &predict::Rates,
+    ) -> Result<Fitting, EngineError> {
         let fits = |bytes: usize| fit(program, Bytes(bytes as u64), rates);
         let mut enough = self.bytes;
         for _ in 0..SMALLEST_TRIES_MAX {
             match fits(enough) {
+                Ok(found) if enough <= budget.to_usize() => return Ok(found),
                 Ok(_) => break,
                 Err(more) => enough = more.bytes.max(enough + enough / 16),
             }
@@ -367,13 +372,13 @@ impl Shortage {
             }
         }
         let smallest = Bytes(enough as u64);
-        EngineError::Budget {
+        Err(EngineError::Budget {
             budget,
             smallest,
             smallest_mib: smallest.0.div_ceil(1 << 20),
             at: self.at,
             holders: self.holders,
-        }
+        })
     }
 }
 
