@@ -12,8 +12,9 @@ use super::AttributeKind;
 use crate::protobuf::{Reader, Span, Value, Writer, push_varint};
 use crate::{Error, Result};
 
-/// A tensor payload of at most this many bytes is kept in memory; a longer one stays in the file.
-pub const INLINE_BYTES: u64 = 1024;
+/// A tensor payload of at most this many bytes is kept in memory; a longer one stays in the file. Enough for the scales
+/// and zero points of two thousand channels, which 8-bit kernels need to know before they are chosen.
+pub const INLINE_BYTES: u64 = 8 << 10;
 /// Most nodes in one file, subgraphs and functions included.
 pub const MAX_NODES: u64 = 1 << 20;
 /// Longest name of a node, value, operator, domain or attribute.

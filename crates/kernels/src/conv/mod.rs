@@ -69,7 +69,8 @@ impl ConvShape {
 
     /// Whether the layer is a plain matrix product over pixels.
     pub fn is_pointwise(&self) -> bool {
-        self.kernel == [1, 1] && self.stride == [1, 1] && self.pads == [0; 4] && self.groups == 1
+        let same = [self.out_h, self.out_w] == [self.in_h, self.in_w];
+        self.kernel == [1, 1] && self.stride == [1, 1] && self.pads == [0; 4] && self.groups == 1 && same
     }
 
     /// Multiply-adds of the whole layer.

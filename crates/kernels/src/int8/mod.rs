@@ -506,7 +506,7 @@ pub fn conv2d_bytes(
     let (runs, run_len) = runs_of(shape);
     let len = packed_len_runs(runs, run_len, columns);
     // One pixel is one row.
-    if shape.is_pointwise() && [shape.out_h, shape.out_w] == [shape.in_h, shape.in_w] {
+    if shape.is_pointwise() {
         let first = input.data.as_ptr().wrapping_add((rows.start - first_row) * shape.in_w * input.stride);
         let product = Product {
             source: Strided { data: first, stride: input.stride, k: run },

@@ -241,13 +241,13 @@ fn endless_and_explosive_functions_meet_a_limit() {
 #[test]
 fn weights_stay_in_the_file() {
     let mut g = graph(vec![node("Add", &["x", "w"], &["y"])], &["x"], &["y"]);
-    g.initializer.push(floats("w", &[1.5; 300]));
+    g.initializer.push(floats("w", &[1.5; 3000]));
     let out = imported(&model(13, g)).unwrap();
     let (_, n) = out.graph.iter_nodes().next().unwrap();
     let Some(Constant::Stored(stored)) = out.graph.value(n.input(1).unwrap()).constant() else { panic!() };
     let mut bytes = [0; 4];
     out.sources[stored.source.0 as usize].read_at(stored.offset + 4, &mut bytes).unwrap();
-    assert_eq!((f32::from_le_bytes(bytes), stored.size.0), (1.5, 1200));
+    assert_eq!((f32::from_le_bytes(bytes), stored.size.0), (1.5, 12_000));
     assert_eq!(out.graph.sources.len(), out.sources.len());
 }
 
