@@ -126,11 +126,11 @@ fn super_blocks<const R: usize>(part: &Part<'_>, w: &[u8], row: usize) -> [f32; 
 fn plain<const R: usize>(part: &Part<'_>, w: &[u8], row: usize) -> [f32; R] {
     let (x, k) = (part.activations.x, part.activations.k);
     let size = part.format.block_bytes();
-    let mut acc = [[0f32; 64]; R];
-    for at in (0..k).step_by(64) {
-        let len = 64.min(k - at);
+    let mut acc = [[0f32; 16]; R];
+    for at in (0..k).step_by(16) {
+        let len = 16.min(k - at);
         let bytes = &w[at * size..(at + len) * size];
-        let mut values = [0f32; 64];
+        let mut values = [0f32; 16];
         for i in 0..len {
             values[i] = match part.format {
                 BlockFormat::F32 => {
@@ -141,15 +141,12 @@ fn plain<const R: usize>(part: &Part<'_>, w: &[u8], row: usize) -> [f32; R] {
             };
         }
         for r in 0..R {
-            let mut padded = [0f32; 64];
+            let mut padded = [0f32; 16];
             padded[..len].copy_from_slice(&x[(row + r) * k + at..][..len]);
-            for l in 0..64 {
+            for l in 0..16 {
                 acc[r][l] = values[l].mul_add(padded[l], acc[r][l]);
             }
         }
     }
-    std::array::from_fn(|r| {
-        let a = &acc[r];
-        sum16(&std::array::from_fn(|l| (a[l] + a[l + 16]) + (a[l + 32] + a[l + 48])))
-    })
+    std::array::from_fn(|r| sum16(&acc[r]))
 }

@@ -51,6 +51,11 @@ macro_rules! over_rows {
     ($part:ident, $tile:ident, $format:ident) => {{
         let rows = $part.activations.rows;
         let mut row = 0;
+        while row + 2 * TILE <= rows {
+            // SAFETY: as the caller's.
+            unsafe { $tile::<$format, { 2 * TILE }>($part, row) };
+            row += 2 * TILE;
+        }
         while row + TILE <= rows {
             // SAFETY: as the caller's.
             unsafe { $tile::<$format, TILE>($part, row) };
@@ -76,7 +81,25 @@ unsafe fn super_rows<F: Super>(part: &Part<'_>) {
 
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,f16c,avx2,fma")]
 unsafe fn plain_rows<F: Plain>(part: &Part<'_>) {
-    over_rows!(part, plain, F)
+    let rows = part.activations.rows;
+    for channel in (0..part.channels).step_by(4) {
+        let full = channel + 4 <= part.channels;
+        for row in (0..rows).step_by(TILE) {
+            // SAFETY: as the caller's; channels and rows are counted here.
+            unsafe {
+                match (full, row + TILE <= rows) {
+                    (true, true) => plain::<F, 4, TILE>(part, channel, row),
+                    (true, false) => (row..rows).for_each(|row| plain::<F, 4, 1>(part, channel, row)),
+                    (false, true) => {
+                        (channel..part.channels).for_each(|channel| plain::<F, 1, TILE>(part, channel, row));
+                    }
+                    (false, false) => (channel..part.channels).for_each(|channel| {
+                        (row..rows).for_each(|row| plain::<F, 1, 1>(part, channel, row));
+                    }),
+                }
+            }
+        }
+    }
 }
 
 // SAFETY of every unsafe function and block below: they are only reached from `run`, behind the detection, and are
@@ -550,39 +573,32 @@ impl Plain for Bf16 {
     }
 }
 
+/// `C` channels times `R` rows.
 #[inline(always)]
-unsafe fn plain<F: Plain, const R: usize>(part: &Part<'_>, row: usize) {
+unsafe fn plain<F: Plain, const C: usize, const R: usize>(part: &Part<'_>, channel: usize, row: usize) {
     unsafe {
         let k = part.activations.k;
         let x: [*const f32; R] = std::array::from_fn(|r| part.activations.x.as_ptr().add((row + r) * k));
-        for channel in 0..part.channels {
-            let w = part.w.as_ptr().add(channel * part.row_bytes);
-            let mut acc = [[_mm512_setzero_ps(); 4]; R];
-            let mut at = 0;
-            while at + 64 <= k {
-                for v in 0..4 {
-                    let values = F::load(w.add((at + 16 * v) * F::BYTES), !0);
-                    for r in 0..R {
-                        let a = _mm512_loadu_ps(x[r].add(at + 16 * v));
-                        acc[r][v] = _mm512_fmadd_ps(values, a, acc[r][v]);
-                    }
-                }
-                at += 64;
-            }
-            if at < k {
-                for v in 0..4 {
-                    let left = (k - at).saturating_sub(16 * v).min(16);
-                    let mask = ((1u32 << left) - 1) as __mmask16;
-                    let values = F::load(w.wrapping_add((at + 16 * v) * F::BYTES), mask);
-                    for r in 0..R {
-                        let a = _mm512_maskz_loadu_ps(mask, x[r].wrapping_add(at + 16 * v));
-                        acc[r][v] = _mm512_fmadd_ps(values, a, acc[r][v]);
-                    }
-                }
-            }
+        let w: [*const u8; C] = std::array::from_fn(|c| part.w.as_ptr().add((channel + c) * part.row_bytes));
+        let mut acc = [[_mm512_setzero_ps(); R]; C];
+        let mut at = 0;
+        while at < k {
+            let mask = if at + 16 <= k { !0 } else { ((1u32 << (k - at)) - 1) as __mmask16 };
+            let mut a = [_mm512_setzero_ps(); R];
             for r in 0..R {
-                let [a, b, c, d] = acc[r];
-                part.put(row + r, channel, sum16(_mm512_add_ps(_mm512_add_ps(a, b), _mm512_add_ps(c, d))));
+                a[r] = _mm512_maskz_loadu_ps(mask, x[r].add(at));
+            }
+            for c in 0..C {
+                let values = F::load(w[c].add(at * F::BYTES), mask);
+                for r in 0..R {
+                    acc[c][r] = _mm512_fmadd_ps(values, a[r], acc[c][r]);
+                }
+            }
+            at += 16;
+        }
+        for c in 0..C {
+            for r in 0..R {
+                part.put(row + r, channel + c, sum16(acc[c][r]));
             }
         }
     }
