@@ -6,6 +6,9 @@
 use crate::conv::{ConvShape, conv_packed_len};
 use crate::gemm::{GRAIN, PANEL, packed_len};
 
+/// Side of the squares in which rows are transposed: a cache line.
+const SQUARE: usize = 16;
+
 /// Where panels of a `[k, n]` matrix start, and how wide they are.
 fn panel(k: usize, n: usize, column: usize) -> (usize, usize, usize) {
     let first = column / PANEL * PANEL;
@@ -33,10 +36,23 @@ fn pack_columns(
         // All columns of this call that lie in this panel, together, so that writes are runs.
         let run = (count - done).min(columns - inside);
         let factors: [f32; PANEL] = std::array::from_fn(|j| if j < run { scale(column + j) } else { 0.0 });
-        for i in 0..k {
-            let target = &mut out[start + place(i) * width + inside..][..run];
-            for (j, t) in target.iter_mut().enumerate() {
-                *t = rows[(done + j) * k + i] * factors[j];
+        // Square by square, so that every cache line of the rows is read once: rows a power of two apart would push
+        // each other out of the cache.
+        for i in (0..k).step_by(SQUARE) {
+            let depth = SQUARE.min(k - i);
+            for j in (0..run).step_by(SQUARE) {
+                let across = SQUARE.min(run - j);
+                let mut square = [[0f32; SQUARE]; SQUARE];
+                for (j, line) in (done + j..).zip(&mut square[..across]) {
+                    line[..depth].copy_from_slice(&rows[j * k + i..][..depth]);
+                }
+                let factors = &factors[j..j + across];
+                for depth in 0..depth {
+                    let target = &mut out[start + place(i + depth) * width + inside + j..][..across];
+                    for ((t, line), factor) in target.iter_mut().zip(&square).zip(factors) {
+                        *t = line[depth] * factor;
+                    }
+                }
             }
         }
         if inside + run == columns {

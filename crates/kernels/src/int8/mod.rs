@@ -153,9 +153,58 @@ pub fn pack_bytes_rows(
     sums: &mut [i32],
 ) {
     let columns = first_row..first_row + rows.len() / k.max(1);
-    pack_columns(1, k, n, columns, &mut out[..packed_bytes_len(k, n)], &mut sums[..n], |_, row, column| {
-        signed_weight(rows[(column - first_row) * k + row], signed)
-    });
+    pack_rows(k, n, columns, rows, signed, &mut out[..packed_bytes_len(k, n)], &mut sums[..n]);
+}
+
+/// Side of the squares in which rows are transposed, in groups of four bytes: a cache line.
+const SQUARE: usize = 16;
+
+/// [`pack_columns`] where each column is a row of `rows`, one after the other.
+fn pack_rows(
+    k: usize,
+    n: usize,
+    columns: Range<usize>,
+    rows: &[u8],
+    signed: bool,
+    out: &mut [i8],
+    sums: &mut [i32],
+) {
+    let (first, groups) = (columns.start, k.div_ceil(4));
+    let flip = if signed { 0 } else { 0x80 };
+    let out: &mut [u8] = bytemuck::cast_slice_mut(out);
+    let mut column = first;
+    while column < columns.end {
+        let start = column / PANEL * PANEL;
+        let count = PANEL.min(n - start);
+        let width = count.next_multiple_of(GRAIN);
+        let panel = &mut out[start * groups * 4..][..groups * width * 4];
+        // Within one panel and one square.
+        let across = SQUARE.min(columns.end - column).min(start + count - column);
+        for group in (0..groups).step_by(SQUARE) {
+            let bytes = (4 * SQUARE).min(k - group * 4);
+            let mut square = [[0u8; 4 * SQUARE]; SQUARE];
+            for (j, line) in square[..across].iter_mut().enumerate() {
+                let from = &rows[(column + j - first) * k + group * 4..][..bytes];
+                line.iter_mut().zip(from).for_each(|(to, byte)| *to = byte ^ flip);
+            }
+            for depth in 0..bytes.div_ceil(4) {
+                let target = &mut panel[((group + depth) * width + column - start) * 4..][..across * 4];
+                for (to, line) in target.chunks_exact_mut(4).zip(&square) {
+                    to.copy_from_slice(&line[depth * 4..depth * 4 + 4]);
+                }
+            }
+        }
+        for (j, sum) in sums[column..column + across].iter_mut().enumerate() {
+            let row = &rows[(column + j - first) * k..][..k];
+            *sum = row.iter().map(|&byte| i32::from(signed_weight(byte, signed))).sum();
+        }
+        column += across;
+        if column == start + count {
+            for line in panel.chunks_exact_mut(width * 4) {
+                line[count * 4..].fill(0);
+            }
+        }
+    }
 }
 
 /// Whether [`conv2d_bytes`] computes this layer: depthwise kernels have at most 64 taps.
@@ -224,10 +273,19 @@ pub fn pack_conv_bytes_rows(
             continue;
         }
         let (out, sums) = (&mut out[group * len..][..len], &mut sums[first..][..columns]);
-        pack_columns(runs, run_len, columns, low - first..high - first, out, sums, |part, k, column| {
-            let (tap, channel) = (part + k / run, k % run);
+        let at = |tap: usize, channel: usize, column: usize| {
             signed_weight(rows[(first + column - first_row) * row + channel * taps + tap], signed)
-        });
+        };
+        let range = low - first..high - first;
+        if taps == 1 {
+            pack_rows(row, columns, range, &rows[(low - first_row) * row..], signed, out, sums);
+        } else if runs == taps {
+            pack_columns(runs, run_len, columns, range, out, sums, at);
+        } else {
+            pack_columns(runs, run_len, columns, range, out, sums, |_, k, column| {
+                at(k / run, k % run, column)
+            });
+        }
     }
 }
 
