@@ -23,8 +23,26 @@ pub(super) const fn offset(format: BlockFormat) -> u8 {
     }
 }
 
+#[inline(always)]
 pub(super) fn half_at(block: &[u8], at: usize) -> f32 {
-    f16::from_le_bytes([block[at], block[at + 1]]).to_f32()
+    half_to_f32(u16::from_le_bytes([block[at], block[at + 1]]))
+}
+
+/// The f16 of these bits, exactly, in operations that the compiler can do on many at once.
+#[inline(always)]
+pub(super) fn half_to_f32(bits: u16) -> f32 {
+    let magnitude = u32::from(bits & 0x7fff) << 13;
+    // Moves the exponent's bias from 15 to 127; right for subnormal numbers too.
+    let finite = f32::from_bits(magnitude) * f32::from_bits(239 << 23);
+    let special = bits & 0x7c00 == 0x7c00;
+    let magnitude = if special { magnitude | 0x7f80_0000 } else { finite.to_bits() };
+    f32::from_bits(magnitude | u32::from(bits & 0x8000) << 16)
+}
+
+/// `N` bytes from `at` on; arrays, because their loops become vector code.
+#[inline(always)]
+fn bytes<const N: usize>(block: &[u8], at: usize) -> &[u8; N] {
+    block[at..].first_chunk().expect("a block is whole")
 }
 
 /// The power of two that a byte without mantissa stands for, halved because the codes of MXFP4 are doubled.
@@ -33,53 +51,61 @@ pub(super) fn half_power_of_two(e: u8) -> f32 {
     f32::from_bits(if e < 2 { 0x0020_0000 << e } else { (u32::from(e) - 1) << 23 })
 }
 
+#[inline(always)]
+fn nibbles(codes: &mut [u8; 32], packed: &[u8; 16]) {
+    for i in 0..16 {
+        codes[i] = packed[i] & 15;
+    }
+    for i in 0..16 {
+        codes[i + 16] = packed[i] >> 4;
+    }
+}
+
+#[inline(always)]
+fn fifth_bits(codes: &mut [u8; 32], high: &[u8; 4]) {
+    let high = u32::from_le_bytes(*high);
+    for i in 0..32 {
+        codes[i] |= ((high >> i & 1) << 4) as u8;
+    }
+}
+
 /// Unpacks a block of 32 elements into unsigned codes; element `i` is `scale * (codes[i] - offset) + minimum`. Returns
 /// scale and minimum.
 #[inline(always)]
 pub(super) fn unpack_small(format: BlockFormat, block: &[u8], codes: &mut [u8; 32]) -> (f32, f32) {
-    let nibbles = |codes: &mut [u8; 32], packed: &[u8]| {
-        for i in 0..16 {
-            codes[i] = packed[i] & 15;
-            codes[i + 16] = packed[i] >> 4;
-        }
-    };
-    let fifth_bits = |codes: &mut [u8; 32], high: &[u8]| {
-        for i in 0..32 {
-            codes[i] |= (high[i / 8] >> (i % 8) & 1) << 4;
-        }
-    };
     match format {
         BlockFormat::Q4_0 => {
-            nibbles(codes, &block[2..18]);
+            nibbles(codes, bytes(block, 2));
             (half_at(block, 0), 0.0)
         }
         BlockFormat::Q4_1 => {
-            nibbles(codes, &block[4..20]);
+            nibbles(codes, bytes(block, 4));
             (half_at(block, 0), half_at(block, 2))
         }
         BlockFormat::Q5_0 => {
-            nibbles(codes, &block[6..22]);
-            fifth_bits(codes, &block[2..6]);
+            nibbles(codes, bytes(block, 6));
+            fifth_bits(codes, bytes(block, 2));
             (half_at(block, 0), 0.0)
         }
         BlockFormat::Q5_1 => {
-            nibbles(codes, &block[8..24]);
-            fifth_bits(codes, &block[4..8]);
+            nibbles(codes, bytes(block, 8));
+            fifth_bits(codes, bytes(block, 4));
             (half_at(block, 0), half_at(block, 2))
         }
         BlockFormat::Q8_0 => {
+            let stored: &[u8; 32] = bytes(block, 2);
             for i in 0..32 {
-                codes[i] = block[2 + i] ^ 0x80;
+                codes[i] = stored[i] ^ 0x80;
             }
             (half_at(block, 0), 0.0)
         }
         BlockFormat::IQ4_NL => {
-            nibbles(codes, &block[2..18]);
+            nibbles(codes, bytes(block, 2));
             codes.iter_mut().for_each(|c| *c = (IQ4_NL_VALUES[usize::from(*c)] as u8) ^ 0x80);
             (half_at(block, 0), 0.0)
         }
         BlockFormat::MXFP4 => {
-            nibbles(codes, &block[1..17]);
+            nibbles(codes, bytes(block, 1));
             codes.iter_mut().for_each(|c| *c = (MXFP4_VALUES[usize::from(*c)] + 12) as u8);
             (half_power_of_two(block[0]), 0.0)
         }
@@ -131,15 +157,35 @@ pub(super) fn six_bit_scales(packed: &[u8]) -> [u8; 16] {
     bytemuck::cast(words.map(u32::to_le))
 }
 
+/// Four codes of two bits a byte, 32 elements apart.
+#[inline(always)]
+fn two_bits(codes: &mut [u8; SUPER], packed: &[u8; 64]) {
+    for (codes, packed) in codes.as_chunks_mut::<128>().0.iter_mut().zip(packed.as_chunks::<32>().0) {
+        for (j, codes) in codes.as_chunks_mut::<32>().0.iter_mut().enumerate() {
+            for l in 0..32 {
+                codes[l] = packed[l] >> (2 * j) & 3;
+            }
+        }
+    }
+}
+
+/// Adds one bit for each element, those of 32 elements at the same place of as many bytes.
+#[inline(always)]
+fn one_bit(codes: &mut [u8; SUPER], packed: &[u8; 32], shift: u32) {
+    for (j, codes) in codes.as_chunks_mut::<32>().0.iter_mut().enumerate() {
+        for l in 0..32 {
+            codes[l] |= (packed[l] >> j & 1) << shift;
+        }
+    }
+}
+
 /// Unpacks a block of 256 elements.
 #[inline(always)]
 pub(super) fn unpack_super(format: BlockFormat, block: &[u8], out: &mut SuperBlock) {
     let codes = &mut out.codes;
     match format {
         BlockFormat::Q2_K => {
-            for i in 0..SUPER {
-                codes[i] = block[16 + i / 128 * 32 + i % 32] >> (i / 32 % 4 * 2) & 3;
-            }
+            two_bits(codes, bytes(block, 16));
             for g in 0..16 {
                 out.scales[g] = i16::from(block[g] & 15);
                 out.minima[g] = i16::from(block[g] >> 4);
@@ -147,10 +193,8 @@ pub(super) fn unpack_super(format: BlockFormat, block: &[u8], out: &mut SuperBlo
             (out.scale, out.minimum, out.zero) = (half_at(block, 80), half_at(block, 82), 0);
         }
         BlockFormat::Q3_K => {
-            for i in 0..SUPER {
-                let low = block[32 + i / 128 * 32 + i % 32] >> (i / 32 % 4 * 2) & 3;
-                codes[i] = low | (block[i % 32] >> (i / 32) & 1) << 2;
-            }
+            two_bits(codes, bytes(block, 32));
+            one_bit(codes, bytes(block, 0), 2);
             let scales = six_bit_scales(&block[96..108]);
             for g in 0..16 {
                 out.scales[g] = i16::from(scales[g]) - 32;
@@ -160,14 +204,17 @@ pub(super) fn unpack_super(format: BlockFormat, block: &[u8], out: &mut SuperBlo
             (out.minimum, out.zero) = (out.scale, 4);
         }
         BlockFormat::Q4_K | BlockFormat::Q5_K => {
-            let low = if format == BlockFormat::Q4_K { &block[16..144] } else { &block[48..176] };
-            for i in 0..SUPER {
-                codes[i] = low[i / 64 * 32 + i % 32] >> (i / 32 % 2 * 4) & 15;
+            let low: &[u8; 128] = bytes(block, if format == BlockFormat::Q4_K { 16 } else { 48 });
+            for (codes, low) in codes.as_chunks_mut::<64>().0.iter_mut().zip(low.as_chunks::<32>().0) {
+                for l in 0..32 {
+                    codes[l] = low[l] & 15;
+                }
+                for l in 0..32 {
+                    codes[l + 32] = low[l] >> 4;
+                }
             }
             if format == BlockFormat::Q5_K {
-                for i in 0..SUPER {
-                    codes[i] |= (block[16 + i % 32] >> (i / 32) & 1) << 4;
-                }
+                one_bit(codes, bytes(block, 16), 4);
             }
             let pairs = six_bit_pairs(&block[4..16]);
             for g in 0..16 {
@@ -177,10 +224,14 @@ pub(super) fn unpack_super(format: BlockFormat, block: &[u8], out: &mut SuperBlo
             (out.scale, out.minimum, out.zero) = (half_at(block, 0), half_at(block, 2), 0);
         }
         BlockFormat::Q6_K => {
-            for i in 0..SUPER {
-                let (half, j, l) = (i / 128, i / 32 % 4, i % 32);
-                let low = block[half * 64 + j % 2 * 32 + l] >> (j / 2 * 4) & 15;
-                codes[i] = low | (block[128 + half * 32 + l] >> (j * 2) & 3) << 4;
+            for (half, codes) in codes.as_chunks_mut::<128>().0.iter_mut().enumerate() {
+                let (low, high) = (bytes::<64>(block, 64 * half), bytes::<32>(block, 128 + 32 * half));
+                for (j, codes) in codes.as_chunks_mut::<32>().0.iter_mut().enumerate() {
+                    let low: &[u8; 32] = bytes(low, j % 2 * 32);
+                    for l in 0..32 {
+                        codes[l] = low[l] >> (j / 2 * 4) & 15 | (high[l] >> (j * 2) & 3) << 4;
+                    }
+                }
             }
             for g in 0..16 {
                 out.scales[g] = i16::from(block[192 + g] as i8);
