@@ -12,12 +12,16 @@ pub(crate) struct Rates {
     flops: f64,
     memory: f64,
     disk: f64,
+    threads: f64,
+    cores: f64,
 }
 
 /// Cost of calling a kernel at all: locks, loans, waking a second thread.
 const CALL_SECONDS: f64 = 3e-6;
 /// Cost of one request to the store.
 const READ_SECONDS: f64 = 30e-6;
+/// Bytes of a weight that one core copies out of the page cache and packs in a second.
+const PACKED_PER_SECOND: f64 = 2e9;
 
 impl Rates {
     pub fn new(options: &PlanOptions) -> Rates {
@@ -27,6 +31,8 @@ impl Rates {
             flops: options.profile.gemm_f32_at(threads).0,
             memory: options.profile.memory_bandwidth_at(threads).0,
             disk: disk.map_or(200e6, |d| d.0),
+            threads: options.threads as f64,
+            cores: f64::from(options.profile.cores.max(1)),
         }
     }
 
@@ -37,9 +43,13 @@ impl Rates {
         compute.max(move_bytes) + CALL_SECONDS
     }
 
+    fn packing(&self, stored: usize) -> f64 {
+        stored as f64 / PACKED_PER_SECOND
+    }
+
     /// Reading and packing a weight.
     fn load(&self, stored: usize) -> f64 {
-        READ_SECONDS + stored as f64 / self.disk + stored as f64 / self.memory
+        READ_SECONDS + stored as f64 / self.disk + self.packing(stored)
     }
 }
 
@@ -76,5 +86,9 @@ pub(crate) fn timeline(program: &Program, assignment: &Assignment, rates: &Rates
         stall += ready - now;
         now = ready + seconds;
     }
-    Timeline { compute, total: now, stall }
+    // The reader is a thread, too: where all cores compute already, what it works takes from them.
+    let packing: f64 = loads.iter().map(|&(.., w)| rates.packing(program.weights[w].stored_bytes())).sum();
+    let work = compute.iter().sum::<f64>() * rates.threads.min(rates.cores) + packing;
+    let total = now.max(work / rates.cores);
+    Timeline { compute, total, stall: stall + (total - now) }
 }
