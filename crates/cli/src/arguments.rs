@@ -44,12 +44,14 @@ pub enum Command {
     Run(RunArguments),
     /// Run the embedded model on its embedded picture: resident, at half and at a quarter of that memory
     Demo(DemoArguments),
-    /// Show what is inside a model: inputs, outputs, operators, costs
+    /// Show what is inside a model: inputs, outputs, operators, costs; or architecture, tokenizer, weights
     Inspect(InspectArguments),
     /// Plan a run without running it: what lives where and when, and what sets the peak
     Plan(PlanArguments),
     /// Time a model: median and 95th percentile, predicted beside measured
     Bench(BenchArguments),
+    /// Turn text into the tokens of a language model, and tokens into text
+    Tokenize(TokenizeArguments),
     /// Measure this machine and write the profile that the planner uses
     Doctor(DoctorArguments),
     /// Run ONNX backend test cases and count what passes
@@ -216,13 +218,13 @@ pub struct DemoArguments {
 /// `lighter inspect`
 #[derive(Clone, Debug, Args)]
 pub struct InspectArguments {
-    /// The model (.onnx)
+    /// The model (.onnx, .gguf or .safetensors, told by its content)
     #[arg(value_name = "MODEL", value_hint = ValueHint::FilePath)]
     pub model: PathBuf,
-    /// Size of a symbolic dimension of the model, may be repeated
+    /// Size of a symbolic dimension of the model (.onnx), may be repeated
     #[arg(long = "dim", value_name = "NAME=SIZE", value_parser = parse_dimension)]
     pub dimensions: Vec<(String, usize)>,
-    /// Print the graph as text, node by node
+    /// Print the graph (.onnx) as text, node by node
     #[arg(long)]
     pub graph: bool,
 }
@@ -265,6 +267,53 @@ pub struct BenchArguments {
     /// What is told about it.
     #[command(flatten)]
     pub receipt: ReceiptArguments,
+}
+
+/// Token ids: `1,2,3`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TokenIds(pub Vec<u32>);
+
+fn parse_token_ids(text: &str) -> Result<TokenIds, String> {
+    let id = |id: &str| {
+        id.parse().map_err(|_| format!("expected token ids such as 1,2,3 or \"1 2 3\", found {id:?}"))
+    };
+    let ids = text.split([',', ' ', '\n', '\t']).filter(|part| !part.is_empty());
+    ids.map(id).collect::<Result<_, _>>().map(TokenIds)
+}
+
+/// `lighter tokenize`
+#[derive(Clone, Debug, Args)]
+pub struct TokenizeArguments {
+    /// The language model (.gguf); of it, only the tokenizer is read
+    #[arg(value_name = "MODEL", value_hint = ValueHint::FilePath)]
+    pub model: PathBuf,
+    /// The text; without it and without the flags below, stdin
+    #[arg(value_name = "TEXT", conflicts_with_all = ["file", "decode", "chat"])]
+    pub text: Option<String>,
+    /// File with the text; - for stdin
+    #[arg(long, short, value_name = "FILE", conflicts_with_all = ["decode", "chat"], value_hint = ValueHint::FilePath)]
+    pub file: Option<PathBuf>,
+    /// Turn these token ids into text
+    #[arg(long, value_name = "IDS", conflicts_with = "chat", value_parser = parse_token_ids)]
+    pub decode: Option<TokenIds>,
+    /// File with messages, which the model's chat template turns into a prompt; - for stdin
+    ///
+    /// A list such as [{"role": "user", "content": "Hello"}], or an object with "messages" and "tools" as in OpenAI's
+    /// interface. What the messages say never becomes a control token. A model without a template gets ChatML.
+    #[arg(long, value_name = "MESSAGES", value_hint = ValueHint::FilePath)]
+    pub chat: Option<PathBuf>,
+    /// End the prompt of --chat after the last message, not where the answer begins
+    #[arg(long, requires = "chat")]
+    pub no_generation_prompt: bool,
+    /// Leave out the tokens that the model wants around a text
+    #[arg(long)]
+    pub no_special: bool,
+    /// Turn the spelling of a control token in the text into that token
+    #[arg(long, conflicts_with = "chat")]
+    pub parse_special: bool,
+    /// Print a table of ids and pieces
+    #[arg(long, short = 'v')]
+    pub pieces: bool,
 }
 
 /// `lighter doctor`
@@ -334,6 +383,15 @@ mod tests {
         check("photo.jpg", None, "photo.jpg");
         for bad in ["", "=x.npy", "data=", "="] {
             assert!(parse_named_file(bad).is_err(), "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn token_ids() {
+        assert_eq!(parse_token_ids("1,22, 3"), Ok(TokenIds(vec![1, 22, 3])));
+        assert_eq!(parse_token_ids("4 5\n"), Ok(TokenIds(vec![4, 5])));
+        for bad in ["1,x", "-1", "4294967296"] {
+            assert!(parse_token_ids(bad).unwrap_err().contains("1,2,3"), "{bad}");
         }
     }
 

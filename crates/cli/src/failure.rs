@@ -145,7 +145,7 @@ macro_rules! from_library {
         }
     )* };
 }
-from_library!(MeterError, GraphError, EngineError, lightering_formats::Error);
+from_library!(MeterError, GraphError, EngineError, lightering_formats::Error, lightering_lm::Error);
 
 /// The exit code that a typed error of the libraries asks for.
 fn exit_of(cause: &(dyn std::error::Error + 'static)) -> Option<Exit> {

@@ -10,6 +10,7 @@
 mod arguments;
 mod array;
 mod commands;
+mod container;
 mod embedded;
 mod failure;
 mod fixed_cost;

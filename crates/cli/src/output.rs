@@ -53,6 +53,15 @@ impl Output {
     }
 }
 
+/// `text` for a terminal: control characters, which a file may hold to play tricks, become escapes.
+pub fn printable(text: &str) -> String {
+    let mut out = String::with_capacity(text.len());
+    for c in text.chars() {
+        if c.is_control() { out.extend(c.escape_default()) } else { out.push(c) }
+    }
+    out
+}
+
 /// Columns of text, left-aligned for words and right-aligned for numbers.
 #[derive(Debug, Default)]
 pub struct Table {
@@ -105,6 +114,11 @@ impl Table {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn no_file_steers_the_terminal() {
+        assert_eq!(printable("Gemma \u{1b}[2J\n\u{9b}é"), "Gemma \\u{1b}[2J\\n\\u{9b}é");
+    }
 
     #[test]
     fn columns_align_by_characters() {

@@ -78,7 +78,8 @@ fn npy(descr: &str, shape: &str, bytes: &[u8]) -> Vec<u8> {
 fn usage_errors_are_exit_2_and_help_is_exit_0() {
     let s = Sandbox::new();
     let help = s.check(&["--help"], 0, &[]);
-    for command in ["run", "demo", "inspect", "plan", "bench", "doctor", "conformance", "completions", "man"]
+    for command in
+        ["run", "demo", "inspect", "plan", "bench", "tokenize", "doctor", "conformance", "completions", "man"]
     {
         assert!(stdout(&help).contains(command), "{command}");
     }

@@ -1,6 +1,9 @@
 //! `lighter inspect`
 
+mod weights;
+
 use crate::arguments::InspectArguments;
+use crate::container::Container;
 use crate::failure::{Exit, Outcome};
 use crate::model::{Costs, Model, ModelSource};
 use crate::output::{Output, Table};
@@ -46,6 +49,10 @@ struct ConstantReport {
 
 /// Prints what is inside a model.
 pub fn run(arguments: &InspectArguments, output: Output) -> Outcome {
+    let container = Container::of(&arguments.model);
+    if container != Container::Onnx {
+        return weights::run(arguments, container, output);
+    }
     let source = ModelSource::File(arguments.model.clone());
     let model = Model::open(&source)?;
     let dimensions = crate::values::bind_dimensions(&arguments.dimensions, &[], &[])?;
