@@ -1,10 +1,11 @@
 //! How fast memory can be read.
 
 use super::{Scramble, thread_counts};
-use lightering_meter::{MemoryRate, Stopwatch, host};
+use lightering_meter::{MemoryRate, host};
 use lightering_units::{Bytes, Seconds};
 use std::hint::black_box;
 use std::sync::Barrier;
+use std::time::Instant;
 
 /// Smallest and largest buffer that is read; it must be far larger than every cache.
 const BUFFER_MIN: Bytes = Bytes::mib(128);
@@ -24,33 +25,35 @@ pub fn measure(passes: u32) -> Vec<MemoryRate> {
 /// The shortest time in which `threads` threads together read `total` bytes once.
 fn read_time(threads: u32, total: Bytes, passes: u32) -> Seconds {
     let words = total.to_usize() / 8 / threads as usize;
-    let barrier = Barrier::new(threads as usize + 1);
-    let mut best = Seconds(f64::INFINITY);
-    std::thread::scope(|scope| {
-        for thread in 0..threads {
-            let barrier = &barrier;
-            scope.spawn(move || {
-                // Every page gets its own content, so that no two can be merged or be the zero page.
-                let mut scramble = Scramble::new(u64::from(thread) + 7);
-                let buffer: Vec<u64> = (0..words).map(|_| scramble.next()).collect();
-                for _ in 0..passes {
-                    barrier.wait();
-                    black_box(sum(black_box(&buffer)));
-                    barrier.wait();
-                }
-            });
-        }
-        for _ in 0..passes {
-            barrier.wait();
-            let watch = Stopwatch::start();
-            barrier.wait();
-            let time = watch.elapsed();
-            if time < best {
-                best = time;
-            }
-        }
+    let barrier = Barrier::new(threads as usize);
+    let (passes, threads) = (passes as usize, threads as usize);
+    // Each thread keeps its own times: a clock in a thread that only waits may be started too late.
+    let times: Vec<Vec<(Instant, Instant)>> = std::thread::scope(|scope| {
+        let workers: Vec<_> = (0..threads)
+            .map(|thread| {
+                let barrier = &barrier;
+                scope.spawn(move || {
+                    // Every page gets its own content, so that no two can be merged or be the zero page.
+                    let mut scramble = Scramble::new(thread as u64 + 7);
+                    let buffer: Vec<u64> = (0..words).map(|_| scramble.next()).collect();
+                    let pass = |_| {
+                        barrier.wait();
+                        let start = Instant::now();
+                        black_box(sum(black_box(&buffer)));
+                        (start, Instant::now())
+                    };
+                    (0..passes).map(pass).collect()
+                })
+            })
+            .collect();
+        workers.into_iter().filter_map(|worker| worker.join().ok()).collect()
     });
-    best
+    let pass = |pass: usize| {
+        let start = times.iter().map(|t| t[pass].0).min()?;
+        let end = times.iter().map(|t| t[pass].1).max()?;
+        Some((end - start).as_secs_f64())
+    };
+    Seconds((0..passes).filter_map(pass).fold(f64::INFINITY, f64::min))
 }
 
 fn sum(words: &[u64]) -> u64 {

@@ -159,11 +159,11 @@ impl Kernel {
     /// of `bench/` (`lighter bench --profile` shows predicted beside measured).
     pub fn efficiency(&self) -> f64 {
         match self {
-            Kernel::Conv { shape, .. } if shape.is_depthwise() => 0.4,
+            Kernel::Conv { shape, .. } if shape.is_depthwise() => 0.5,
             Kernel::Conv { shape, .. } if shape.in_c / shape.groups < 8 => 0.5,
-            Kernel::Conv { shape, .. } if !shape.is_pointwise() => 0.88,
-            Kernel::Conv { .. } | Kernel::MatMul { .. } => 0.83,
-            Kernel::Product { .. } | Kernel::Attention { .. } => 0.6,
+            Kernel::Conv { shape, .. } if !shape.is_pointwise() => 0.92,
+            Kernel::Conv { .. } | Kernel::MatMul { .. } => 0.88,
+            Kernel::Product { .. } | Kernel::Attention { .. } => 0.68,
             Kernel::ByteConv { shape, .. } if shape.is_depthwise() => 0.53,
             Kernel::ByteConv { .. } | Kernel::ByteMatMul { .. } => 1.7,
             Kernel::Chain { .. }
