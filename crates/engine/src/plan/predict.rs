@@ -19,9 +19,9 @@ pub(crate) struct Rates {
 /// Cost of calling a kernel at all: locks, loans, waking a second thread.
 const CALL_SECONDS: f64 = 3e-6;
 /// Cost of one request to the store.
-const READ_SECONDS: f64 = 30e-6;
+const READ_SECONDS: f64 = 10e-6;
 /// Bytes of a weight that one core copies out of the page cache and packs in a second.
-const PACKED_PER_SECOND: f64 = 2e9;
+const PACKED_PER_SECOND: f64 = 4e9;
 
 impl Rates {
     pub fn new(options: &PlanOptions) -> Rates {
