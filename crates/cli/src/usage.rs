@@ -12,6 +12,11 @@ use std::collections::BTreeMap;
 /// from the start.
 const CONSTANTS_TO_COME: Bytes = Bytes::kib(96);
 
+/// Heap, stacks and arenas now: counted page by page where the kernel offers that.
+fn anonymous() -> Option<Bytes> {
+    process::exact_anonymous().or_else(|| process::memory().anonymous)
+}
+
 /// What the process held before it opened anything.
 #[derive(Clone, Copy, Debug)]
 pub struct Baseline {
@@ -24,14 +29,12 @@ impl Baseline {
     /// Makes the program's code resident and reads the kernel's counts; call it first thing.
     pub fn now() -> Baseline {
         lightering_tier::make_code_resident();
-        let anonymous = process::exact_anonymous().or_else(|| process::memory().anonymous);
-        Baseline { anonymous, faults: process::page_faults(), cpu: process::cpu_time() }
+        Baseline { anonymous: anonymous(), faults: process::page_faults(), cpu: process::cpu_time() }
     }
 
     /// Heap that came since: what readers and optimizers left behind.
     pub fn anonymous_since(&self) -> Bytes {
-        let now = process::exact_anonymous().or_else(|| process::memory().anonymous);
-        now.zip(self.anonymous).map_or(Bytes::ZERO, |(now, then)| now.saturating_sub(then))
+        anonymous().zip(self.anonymous).map_or(Bytes::ZERO, |(now, then)| now.saturating_sub(then))
     }
 
     /// The fixed cost as assumed just before a run: the code that is resident with what a run adds, or what was told

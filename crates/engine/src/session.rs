@@ -148,8 +148,6 @@ impl Session {
             memory.reserve("arena", plan.arena).map_err(refused)?,
             memory.reserve("constants and bookkeeping", plan.outside_arena).map_err(refused)?,
         ];
-        // What planning needed for a moment must not count beside what the run holds.
-        lightering_tier::release_freed_memory();
         let arena = Arc::new(Arena::new(plan.arena).map_err(EngineError::Memory)?);
         arena.populate();
         let loader = Loader::new(&program, &assignment, arena.clone(), sources)?;

@@ -270,6 +270,13 @@ struct Network {
 }
 
 impl Network {
+    /// Without nodes, whose weights will lie in one store.
+    fn new(seed: u64) -> Network {
+        let mut graph = Graph::new(format!("seed {seed}"));
+        graph.sources.push("memory".to_owned());
+        Network { graph, numbers: Numbers(seed), store: Vec::new(), count: 0 }
+    }
+
     fn name(&mut self, kind: &str) -> String {
         self.count += 1;
         format!("{kind}{}", self.count)
@@ -545,13 +552,7 @@ impl Network {
 }
 
 fn random_network(seed: u64) -> (Graph, Vec<Tensor>, Sources) {
-    let mut net = Network {
-        graph: Graph::new(format!("seed {seed}")),
-        numbers: Numbers(seed),
-        store: Vec::new(),
-        count: 0,
-    };
-    net.graph.sources.push("memory".to_owned());
+    let mut net = Network::new(seed);
     let n = net.numbers.pick(&[1, 2]);
     let (h, w) = net.numbers.pick(&[(6, 8), (5, 5), (8, 4)]);
     let last = net.numbers.below(3) == 0;
@@ -647,13 +648,7 @@ fn dequantised(net: &mut Network, q: ValueId, scale: f32, zero: u8, signed: bool
 
 /// "Dequantise, compute, quantise" with one operator in the middle, and how large its results are.
 fn quantised_operator(seed: u64) -> (Graph, Vec<Tensor>, Sources) {
-    let mut net = Network {
-        graph: Graph::new(format!("seed {seed}")),
-        numbers: Numbers(seed),
-        store: Vec::new(),
-        count: 0,
-    };
-    net.graph.sources.push("memory".to_owned());
+    let mut net = Network::new(seed);
     let signed = net.numbers.below(2) == 0;
     let dtype = if signed { DType::I8 } else { DType::U8 };
     let (c, h, w) = (net.numbers.pick(&[1, 3, 8]), 5, 6);

@@ -174,7 +174,7 @@ mod tests {
 
     #[test]
     fn pieces_pack_like_the_whole() {
-        for (k, n) in [(1, 1), (3, 64), (5, 65), (17, 130), (9, 16), (4, 200)] {
+        for (k, n) in [(1, 1), (3, 64), (5, 65), (17, 130), (9, 16), (4, 200), (50, 77)] {
             let w = values(k * n);
             for piece in [1, 2, 3, 7, 1000] {
                 let (mut whole, mut pieces) = (vec![9.0; packed_len(k, n)], vec![7.0; packed_len(k, n)]);
@@ -199,7 +199,7 @@ mod tests {
             conv_packed_bytes_len, pack_bytes, pack_bytes_rows, pack_conv_bytes, pack_conv_bytes_rows,
             packed_bytes_len,
         };
-        for (k, n) in [(1, 1), (5, 65), (18, 130), (4, 16)] {
+        for (k, n) in [(1, 1), (5, 65), (18, 130), (4, 16), (150, 70), (128, 33)] {
             let w: Vec<u8> = (0..k * n).map(|i| ((i * 7919) % 251) as u8).collect();
             let (mut whole, mut sums) = (vec![9; packed_bytes_len(k, n)], vec![9; n]);
             pack_bytes(k, n, &w, false, true, &mut whole, &mut sums);
@@ -211,7 +211,9 @@ mod tests {
                 assert_eq!((&whole, &sums), (&pieces, &piece_sums), "{k} {n} {piece}");
             }
         }
-        for (in_c, out_c, kernel, groups) in [(3, 70, [3, 3], 1), (8, 12, [1, 1], 2), (6, 6, [5, 3], 6)] {
+        for (in_c, out_c, kernel, groups) in
+            [(3, 70, [3, 3], 1), (8, 12, [1, 1], 2), (150, 70, [1, 1], 1), (6, 6, [5, 3], 6)]
+        {
             let shape = ConvShape {
                 in_h: 9,
                 in_w: 9,

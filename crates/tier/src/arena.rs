@@ -7,6 +7,9 @@ use std::sync::{Mutex, PoisonError};
 
 use lightering_units::Bytes;
 
+#[cfg(target_os = "linux")]
+use crate::populate::{Populate, populate};
+
 /// Alignment of the block and of every range that the planner hands out: a page, so that direct I/O can read
 /// straight into it.
 pub const ARENA_ALIGNMENT: usize = 4096;
@@ -99,14 +102,10 @@ impl Arena {
     pub fn populate(&self) {
         #[cfg(target_os = "linux")]
         {
-            unsafe extern "C" {
-                fn madvise(address: *mut std::ffi::c_void, length: usize, advice: i32) -> i32;
-            }
-            const MADV_POPULATE_WRITE: i32 = 23;
             let length = self.size & !(ARENA_ALIGNMENT - 1);
             // SAFETY: madvise(2) with MADV_POPULATE_WRITE faults in the pages of a range of this block, which starts
             // at a page, and leaves their bytes as they are; an older kernel refuses, which changes nothing.
-            unsafe { madvise(self.base.as_ptr().cast(), length, MADV_POPULATE_WRITE) };
+            unsafe { populate(self.base.as_ptr(), length, Populate::Write) };
         }
     }
 

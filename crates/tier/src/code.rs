@@ -1,5 +1,8 @@
 //! The program's own code in memory.
 
+#[cfg(target_os = "linux")]
+use crate::populate::{Populate, populate};
+
 /// Makes all code of the program and of its shared libraries resident at once, so that what the program itself costs
 /// is the same figure before the first run and after it, whichever kernels a model needs. Does nothing where the
 /// system offers no such call.
@@ -9,10 +12,6 @@
 pub fn make_code_resident() {
     #[cfg(target_os = "linux")]
     {
-        unsafe extern "C" {
-            fn madvise(address: *mut std::ffi::c_void, length: usize, advice: i32) -> i32;
-        }
-        const MADV_POPULATE_READ: i32 = 22;
         let Ok(maps) = std::fs::read_to_string("/proc/self/maps") else { return };
         for line in maps.lines() {
             let mut fields = line.split_ascii_whitespace();
@@ -26,7 +25,7 @@ pub fn make_code_resident() {
             let (Some(start), Some(end)) = (bound(start), bound(end)) else { continue };
             // SAFETY: madvise(2) with MADV_POPULATE_READ only reads the pages of a mapping in; the range is a
             // mapping of code that stays as long as the process. An older kernel refuses, which changes nothing.
-            unsafe { madvise(start as *mut std::ffi::c_void, end.saturating_sub(start), MADV_POPULATE_READ) };
+            unsafe { populate(start as *mut u8, end.saturating_sub(start), Populate::Read) };
         }
     }
 }

@@ -13,6 +13,8 @@
 
 mod arena;
 mod code;
+#[cfg(target_os = "linux")]
+mod populate;
 mod release;
 mod source;
 
