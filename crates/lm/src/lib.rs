@@ -23,6 +23,7 @@ mod chat;
 mod constraint;
 mod error;
 mod json;
+mod model;
 mod sampler;
 mod tokenizer;
 
@@ -30,6 +31,7 @@ pub use chat::{CHATML, ChatTemplate, Conversation, MAX_TEMPLATE_BYTES, Message};
 pub use constraint::{Constraint, Grammar, TokenTable};
 pub use error::{Error, Result};
 pub use json::Json;
+pub use model::{Row, StepReport, TokenModel};
 pub use sampler::{
     Candidate, Mirostat, Sampler, SamplerOptions, TokenLogProbability, log_probability, top_log_probabilities,
 };

@@ -1,0 +1,73 @@
+//! What schedulers and servers need of a language model: tokens in, logits out, several sequences at once.
+
+use lightering_units::{Bytes, Seconds};
+
+use crate::Result;
+
+/// One token of one sequence, to be computed in a step.
+///
+/// Rows of a sequence come in the order of their positions. A row sees the earlier positions of its own sequence, those
+/// of the same step included, and nothing of other sequences; its results do not depend on which rows are beside it.
+#[derive(Clone, Copy, Debug)]
+pub struct Row<'a> {
+    /// The token.
+    pub token: u32,
+    /// Its place in the sequence, from 0.
+    pub position: u32,
+    /// The cache pages of the sequence, in order: position `p` lies in page `pages[p / page_len]`. Sequences that share
+    /// their beginning may share the pages which hold only that.
+    pub pages: &'a [u32],
+    /// Whether the logits after this token are wanted.
+    pub wants_logits: bool,
+}
+
+/// What a step took.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct StepReport {
+    /// From the first row to the last logits.
+    pub seconds: Seconds,
+    /// Part of it spent waiting for weights.
+    pub stall: Seconds,
+    /// Weight bytes read from their store.
+    pub bytes_read: Bytes,
+}
+
+/// A model that turns tokens into logits. It keeps keys and values of past positions in a cache of pages, but knows
+/// nothing of sequences: which page belongs to whom is decided by the caller.
+pub trait TokenModel: Send {
+    /// Tokens of the vocabulary: the length of the logits.
+    fn vocabulary_len(&self) -> usize;
+
+    /// Width of the hidden state: the length of an embedding.
+    fn embedding_len(&self) -> usize;
+
+    /// Most positions of one sequence.
+    fn context_len(&self) -> usize;
+
+    /// Most rows of one step.
+    fn rows_max(&self) -> usize;
+
+    /// Most rows of one step whose logits or hidden states may be wanted.
+    fn wanted_rows_max(&self) -> usize;
+
+    /// Positions of one page of the cache.
+    fn page_len(&self) -> usize;
+
+    /// Pages of the cache.
+    fn page_count(&self) -> usize;
+
+    /// Computes `rows`, writes their keys and values into their pages, and gives the logits of every wanted row, by
+    /// its index in `rows`, in order.
+    ///
+    /// # Errors
+    /// What is wrong with a row, or why it could not be computed; the pages of the given rows are undefined then, all
+    /// others are untouched, and the model can be used again.
+    fn step(&mut self, rows: &[Row<'_>], logits: &mut dyn FnMut(usize, &mut [f32])) -> Result<StepReport>;
+
+    /// As [`step`](Self::step), but gives the normalised last hidden state, of
+    /// [`embedding_len`](Self::embedding_len) values, in place of logits.
+    ///
+    /// # Errors
+    /// As [`step`](Self::step).
+    fn embed(&mut self, rows: &[Row<'_>], hidden: &mut dyn FnMut(usize, &[f32])) -> Result<StepReport>;
+}
