@@ -24,6 +24,7 @@
 
 pub mod arch;
 mod blocks;
+mod cached_attention;
 mod conv;
 mod depthwise;
 mod elementwise;
@@ -42,6 +43,10 @@ mod threads;
 pub use arch::Isa;
 pub use blocks::{
     BlockActivations, block_matmul, block_matmul_scratch_len, can_quantize, dequantize_row, quantize_row,
+};
+pub use cached_attention::{
+    CacheFormat, CachePart, CacheRows, CachedAttentionShape, cache_page_bytes, cached_attention,
+    cached_attention_scratch_len, store_in_cache,
 };
 pub use conv::{
     ConvInput, ConvShape, ConvTransposeShape, conv_packed_len, conv_scratch_len, conv_transpose_packed_len,

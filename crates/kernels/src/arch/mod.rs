@@ -130,6 +130,16 @@ pub trait Simd: Copy + Send + Sync + 'static {
     /// # Safety
     /// `p` is valid for reading `n` values.
     unsafe fn load_n(self, p: *const f32, n: usize) -> Self::F;
+    /// Loads `LANES` values that are stored as f16.
+    ///
+    /// # Safety
+    /// `p` is valid for reading `LANES` words; no alignment is needed.
+    unsafe fn load_f16(self, p: *const u16) -> Self::F;
+    /// Loads `LANES` values that are stored as i8.
+    ///
+    /// # Safety
+    /// `p` is valid for reading `LANES` bytes.
+    unsafe fn load_i8(self, p: *const i8) -> Self::F;
     /// Stores `LANES` values.
     ///
     /// # Safety

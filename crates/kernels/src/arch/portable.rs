@@ -1,6 +1,7 @@
 //! Vectors in plain Rust, for processors without AVX2 and as the reference that the others are tested against.
 
 use super::{Kernel, Simd};
+use crate::blocks::half_to_f32;
 
 /// The instruction set that is always there.
 #[derive(Clone, Copy, Debug)]
@@ -51,6 +52,18 @@ impl Simd for Portable {
         let mut v = [0.0; N];
         unsafe { std::ptr::copy_nonoverlapping(p, v.as_mut_ptr(), n.min(N)) };
         v
+    }
+    #[inline(always)]
+    unsafe fn load_f16(self, p: *const u16) -> [f32; N] {
+        // SAFETY: by contract `N` words are readable.
+        let words = unsafe { p.cast::<[u16; N]>().read_unaligned() };
+        std::array::from_fn(|i| half_to_f32(words[i]))
+    }
+    #[inline(always)]
+    unsafe fn load_i8(self, p: *const i8) -> [f32; N] {
+        // SAFETY: by contract `N` bytes are readable.
+        let bytes = unsafe { p.cast::<[i8; N]>().read_unaligned() };
+        std::array::from_fn(|i| f32::from(bytes[i]))
     }
     #[inline(always)]
     unsafe fn store(self, p: *mut f32, v: [f32; N]) {

@@ -18,6 +18,7 @@ use lightering_units::BlockFormat;
 
 pub use quantize::{can_quantize, quantize_row};
 pub use unpack::dequantize_row;
+pub(crate) use unpack::half_to_f32;
 
 use crate::arch::{Isa, Kernel, Simd, dispatch};
 use crate::threads::{Shareable, ThreadPool};

@@ -30,7 +30,7 @@ pub(super) fn half_at(block: &[u8], at: usize) -> f32 {
 
 /// The f16 of these bits, exactly, in operations that the compiler can do on many at once.
 #[inline(always)]
-pub(super) fn half_to_f32(bits: u16) -> f32 {
+pub(crate) fn half_to_f32(bits: u16) -> f32 {
     let magnitude = u32::from(bits & 0x7fff) << 13;
     // Moves the exponent's bias from 15 to 127; right for subnormal numbers too.
     let finite = f32::from_bits(magnitude) * f32::from_bits(239 << 23);
