@@ -3,7 +3,7 @@
 use std::alloc::{Layout, alloc_zeroed, dealloc};
 use std::ops::{Deref, DerefMut, Range};
 use std::ptr::NonNull;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use lightering_units::Bytes;
 
@@ -174,6 +174,18 @@ impl Arena {
     }
 }
 
+impl Arena {
+    /// Takes a range for a long time: until the lease drops, nobody else may hold any part of it. The holder divides
+    /// the range and lends out its parts by rules of its own.
+    ///
+    /// # Errors
+    /// When somebody holds a part of it or it passes the end.
+    pub fn lease(self: &Arc<Self>, range: Range<usize>) -> Result<ArenaLease, ArenaConflict> {
+        self.lend(range.clone(), true)?;
+        Ok(ArenaLease { arena: self.clone(), range })
+    }
+}
+
 impl Drop for Arena {
     fn drop(&mut self) {
         // SAFETY: allocated in `new` with this layout; guards borrow the arena, so none is left.
@@ -193,6 +205,32 @@ pub struct ArenaRead<'a> {
 pub struct ArenaWrite<'a> {
     arena: &'a Arena,
     range: Range<usize>,
+}
+
+/// A range of an [`Arena`] that belongs to its holder alone; see [`Arena::lease`].
+#[derive(Debug)]
+pub struct ArenaLease {
+    arena: Arc<Arena>,
+    range: Range<usize>,
+}
+
+impl ArenaLease {
+    /// Where in the arena the range lies.
+    pub fn range(&self) -> Range<usize> {
+        self.range.clone()
+    }
+
+    /// The first byte of the range, for those in this crate who keep account of who uses which part.
+    pub(crate) fn as_ptr(&self) -> *mut u8 {
+        // SAFETY: `lend` has checked that the range lies in the block.
+        unsafe { self.arena.base.as_ptr().add(self.range.start) }
+    }
+}
+
+impl Drop for ArenaLease {
+    fn drop(&mut self) {
+        self.arena.give_back(&self.range);
+    }
 }
 
 impl Deref for ArenaRead<'_> {
@@ -256,6 +294,11 @@ mod tests {
         drop(w);
         assert!(arena.read(10..20).is_ok());
         assert!(arena.read(990..1001).is_err());
+        let arena = std::sync::Arc::new(arena);
+        let lease = arena.lease(100..200).unwrap();
+        assert!(arena.read(150..160).is_err() && arena.lease(0..101).is_err() && arena.write(0..100).is_ok());
+        drop(lease);
+        assert!(arena.write(150..160).is_ok() && arena.lease(900..1001).is_err());
     }
 
     #[test]

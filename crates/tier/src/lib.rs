@@ -9,16 +9,30 @@
 //! ```
 //!
 //! Invariants: this crate knows nothing of graphs, tensors or file formats; it moves ranges of bytes. Its only
-//! unsafe code is the arena and the calls to the system that keep the resident memory known.
+//! unsafe code is the arena, the slots that the chunk store cuts out of it, and the calls to the system that keep the
+//! resident memory known.
 
 mod arena;
+mod cache;
+mod chunk;
 mod code;
+mod direct;
+mod error;
+pub mod policy;
 #[cfg(target_os = "linux")]
 mod populate;
 mod release;
+mod slots;
 mod source;
+mod stats;
+mod store;
 
-pub use arena::{ARENA_ALIGNMENT, Arena, ArenaConflict, ArenaRead, ArenaWrite};
+pub use arena::{ARENA_ALIGNMENT, Arena, ArenaConflict, ArenaLease, ArenaRead, ArenaWrite};
+pub use chunk::{ChunkCatalog, ChunkId, EXTENT_ALIGNMENT, Extent};
 pub use code::make_code_resident;
+pub use direct::DirectFile;
+pub use error::TierError;
 pub use release::{keep_heap_small, release_freed_memory};
 pub use source::{ByteSource, FileSource};
+pub use stats::{ChunkResidency, Residency, StoreStats};
+pub use store::{ChunkGuard, ChunkStore, IO_THREADS_MAX, StoreOptions, Urgency};

@@ -16,6 +16,25 @@ pub trait ByteSource: Send + Sync {
     /// `UnexpectedEof` when the range passes the end, or what the medium reports.
     fn read_at(&self, offset: u64, buffer: &mut [u8]) -> io::Result<()>;
 
+    /// True where [`ByteSource::read_pages`] brings whole pages from the medium straight to their place, past the
+    /// system's page cache.
+    fn is_direct(&self) -> bool {
+        false
+    }
+
+    /// Fills whole pages: `offset`, the buffer's size and its address are multiples of
+    /// [`ARENA_ALIGNMENT`](crate::ARENA_ALIGNMENT). Returns the number of bytes filled, which is less than the buffer
+    /// only where the store ends.
+    ///
+    /// # Errors
+    /// What the medium reports.
+    fn read_pages(&self, offset: u64, pages: &mut [u8]) -> io::Result<usize> {
+        let left = usize::try_from(self.len_bytes().0.saturating_sub(offset)).unwrap_or(usize::MAX);
+        let size = left.min(pages.len());
+        self.read_at(offset, &mut pages[..size])?;
+        Ok(size)
+    }
+
     /// Bytes handed out so far by a medium that is slower than memory; 0 for memory itself.
     fn bytes_read(&self) -> Bytes {
         Bytes::ZERO
@@ -25,7 +44,7 @@ pub trait ByteSource: Send + Sync {
     fn name(&self) -> String;
 }
 
-fn past_the_end(offset: u64, wanted: usize, size: u64) -> io::Error {
+pub(crate) fn past_the_end(offset: u64, wanted: usize, size: u64) -> io::Error {
     io::Error::new(
         io::ErrorKind::UnexpectedEof,
         format!("{wanted} bytes at offset {offset} pass the end of {size} bytes"),
@@ -123,12 +142,12 @@ impl ByteSource for FileSource {
 }
 
 #[cfg(unix)]
-fn read_exact_at(file: &File, buffer: &mut [u8], offset: u64) -> io::Result<()> {
+pub(crate) fn read_exact_at(file: &File, buffer: &mut [u8], offset: u64) -> io::Result<()> {
     std::os::unix::fs::FileExt::read_exact_at(file, buffer, offset)
 }
 
 #[cfg(windows)]
-fn read_exact_at(file: &File, mut buffer: &mut [u8], mut offset: u64) -> io::Result<()> {
+pub(crate) fn read_exact_at(file: &File, mut buffer: &mut [u8], mut offset: u64) -> io::Result<()> {
     while !buffer.is_empty() {
         match std::os::windows::fs::FileExt::seek_read(file, buffer, offset)? {
             0 => return Err(io::ErrorKind::UnexpectedEof.into()),
