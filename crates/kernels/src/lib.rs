@@ -38,6 +38,7 @@ mod norm;
 pub mod ops;
 mod pack_rows;
 mod pool;
+mod rope;
 mod threads;
 
 pub use arch::Isa;
@@ -67,4 +68,5 @@ pub use matmul::{
 pub use norm::{layer_norm, rms_norm, softmax};
 pub use pack_rows::{pack_conv_rows, pack_kn_rows, pack_nk_rows};
 pub use pool::{PoolKind, PoolShape, global_average_pool, pool2d};
+pub use rope::{RopePairing, RopeScaling, RopeShape, llama3_rope_factors, rope_angles, rotate};
 pub use threads::ThreadPool;
