@@ -22,7 +22,7 @@ use std::sync::{Arc, OnceLock};
 
 use lightering_units::{Bytes, Seconds};
 
-use crate::policy::{AdmissionPolicy, AdmissionView, EvictionPolicy, Position, Prediction, Predictor, Use};
+use crate::policy::{AdmissionView, PolicySet, Position, Prediction, Use};
 use crate::stats::BusyTime;
 use crate::{ChunkCatalog, ChunkId, ChunkResidency, Residency, StoreStats, TierError};
 
@@ -60,6 +60,12 @@ impl Shape {
         let mut groups: Vec<u32> = self.ids.iter().map(|id| id.group).collect();
         groups.dedup();
         groups
+    }
+
+    /// The groups in order, each with one more than its largest index.
+    pub fn group_sizes(&self) -> Vec<(u32, u32)> {
+        let groups = self.ids.chunk_by(|a, b| a.group == b.group);
+        groups.filter_map(|ids| ids.last().map(|id| (id.group, id.index.saturating_add(1)))).collect()
     }
 }
 
@@ -144,14 +150,6 @@ pub(crate) enum Wanted {
     Pending(Arc<Attempt>),
 }
 
-pub(crate) struct Policies {
-    pub eviction: Box<dyn EvictionPolicy>,
-    pub predictor: Box<dyn Predictor>,
-    pub admission: Box<dyn AdmissionPolicy>,
-    /// Groups ahead for which predictions are made.
-    pub lookahead: usize,
-}
-
 pub(crate) struct ChunkCache {
     shape: Shape,
     groups: Vec<u32>,
@@ -168,7 +166,7 @@ pub(crate) struct ChunkCache {
     chosen: Vec<u32>,
     /// Chunks with the claim `Ahead`.
     ahead: Vec<u32>,
-    policies: Policies,
+    policies: PolicySet,
     position: Position,
     /// Per group: what was predicted for its next turn.
     predicted: Vec<Vec<u32>>,
@@ -185,7 +183,7 @@ pub(crate) struct ChunkCache {
 }
 
 impl ChunkCache {
-    pub fn new(shape: Shape, slots: usize, policies: Policies) -> ChunkCache {
+    pub fn new(shape: Shape, slots: usize, policies: PolicySet) -> ChunkCache {
         let empty = State {
             place: Place::Absent,
             claim: Claim::None,
@@ -286,6 +284,11 @@ impl ChunkCache {
     /// Asks for a chunk ahead of its use. True if there is new work.
     pub fn prefetch(&mut self, prediction: &Prediction) -> Result<bool, TierError> {
         let n = self.number(prediction.chunk)?;
+        if let Ok(rank) = self.groups.binary_search(&prediction.chunk.group)
+            && !self.predicted[rank].contains(&n)
+        {
+            self.predicted[rank].push(n);
+        }
         let deadline = self.deadline(prediction.at);
         match self.states[n as usize].place {
             Place::Resident { .. } | Place::Loading { .. } => return Ok(false),
@@ -432,13 +435,9 @@ impl ChunkCache {
             self.policies.predictor.predict(coming, &mut predictions);
             for prediction in &predictions {
                 // A predictor may name what this catalog does not hold, such as shared experts.
-                let Ok(n) = self.number(prediction.chunk) else { continue };
-                if let Ok(rank) = self.groups.binary_search(&prediction.chunk.group)
-                    && !self.predicted[rank].contains(&n)
-                {
-                    self.predicted[rank].push(n);
+                if self.number(prediction.chunk).is_ok() {
+                    self.prefetch(prediction)?;
                 }
-                self.prefetch(prediction)?;
             }
             self.scratch = predictions;
         }
@@ -723,6 +722,10 @@ impl ChunkCache {
 
     pub fn end_stall(&mut self, now: f64) {
         self.stall.leave(now);
+    }
+
+    pub fn stall_seconds(&self, now: f64) -> f64 {
+        self.stall.at(now)
     }
 
     pub fn stats(&self, now: f64) -> StoreStats {

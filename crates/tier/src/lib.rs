@@ -22,10 +22,13 @@ pub mod policy;
 #[cfg(target_os = "linux")]
 mod populate;
 mod release;
+mod replay;
 mod slots;
 mod source;
 mod stats;
 mod store;
+mod synthetic;
+mod trace;
 
 pub use arena::{ARENA_ALIGNMENT, Arena, ArenaConflict, ArenaLease, ArenaRead, ArenaWrite};
 pub use chunk::{ChunkCatalog, ChunkId, EXTENT_ALIGNMENT, Extent};
@@ -33,6 +36,9 @@ pub use code::make_code_resident;
 pub use direct::DirectFile;
 pub use error::TierError;
 pub use release::{keep_heap_small, release_freed_memory};
+pub use replay::{DiskModel, ReplayReport, replay, replay_load_on_demand};
 pub use source::{ByteSource, FileSource};
 pub use stats::{ChunkResidency, Residency, StoreStats};
 pub use store::{ChunkGuard, ChunkStore, IO_THREADS_MAX, StoreOptions, Urgency};
+pub use synthetic::SyntheticTrace;
+pub use trace::{ChunkTrace, TRACE_MAX_BYTES, TraceHeader, TraceWriter, Turn};

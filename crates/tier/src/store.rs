@@ -10,12 +10,16 @@ use std::time::Instant;
 
 use lightering_units::Bytes;
 
-use crate::cache::{Attempt, ChunkCache, Job, Policies, Shape, Wanted};
+use crate::cache::{Attempt, ChunkCache, Job, Shape, Wanted};
 use crate::policy::{
-    AdmissionPolicy, Always, EvictionPolicy, GroupLru, NoPrediction, Position, Prediction, Predictor, Use,
+    AdmissionPolicy, Always, EvictionPolicy, GroupLru, NoPrediction, PolicySet, Position, Prediction,
+    Predictor, Use,
 };
 use crate::slots::{SlotPool, SlotRead};
-use crate::{ARENA_ALIGNMENT, Arena, ChunkCatalog, ChunkId, ChunkResidency, StoreStats, TierError};
+use crate::trace::TraceWriter;
+use crate::{
+    ARENA_ALIGNMENT, Arena, ChunkCatalog, ChunkId, ChunkResidency, StoreStats, TierError, TraceHeader,
+};
 
 /// Most threads that read for one store.
 pub const IO_THREADS_MAX: usize = 64;
@@ -49,6 +53,20 @@ pub struct StoreOptions {
     pub admission: Box<dyn AdmissionPolicy>,
     /// For how many coming groups predictions are made.
     pub lookahead: usize,
+    /// Where the chunk trace goes, and the most bytes it may take; see [`ChunkTrace`](crate::ChunkTrace).
+    pub trace: Option<(Box<dyn std::io::Write + Send>, Bytes)>,
+}
+
+impl From<PolicySet> for StoreOptions {
+    fn from(policies: PolicySet) -> StoreOptions {
+        StoreOptions {
+            eviction: Some(policies.eviction),
+            predictor: policies.predictor,
+            admission: policies.admission,
+            lookahead: policies.lookahead,
+            ..StoreOptions::default()
+        }
+    }
 }
 
 impl Default for StoreOptions {
@@ -59,13 +77,47 @@ impl Default for StoreOptions {
             predictor: Box::new(NoPrediction),
             admission: Box::new(Always),
             lookahead: 1,
+            trace: None,
         }
     }
 }
 
 struct Guarded {
     cache: ChunkCache,
+    recorder: Option<Recorder>,
     stopping: bool,
+}
+
+/// Writes the trace; a turn is written when the next one begins, because only then it is known how long it took.
+struct Recorder {
+    writer: TraceWriter<Box<dyn std::io::Write + Send>>,
+    turn: Option<(u32, Vec<Use>)>,
+    began: f64,
+    stall_before: f64,
+    failure: Option<TierError>,
+}
+
+impl Recorder {
+    fn note(&mut self, result: Result<(), TierError>) {
+        if let Err(error) = result {
+            self.failure.get_or_insert(error);
+        }
+    }
+
+    fn end_turn(&mut self, now: f64, stall: f64) {
+        if let Some((group, uses)) = self.turn.take() {
+            let computing = (now - self.began) - (stall - self.stall_before);
+            let result = self.writer.turn(group, &uses, lightering_units::Seconds(computing.max(0.0)));
+            self.note(result);
+        }
+        (self.began, self.stall_before) = (now, stall);
+    }
+
+    fn end_step(&mut self, now: f64, stall: f64) {
+        self.end_turn(now, stall);
+        let result = self.writer.end_step();
+        self.note(result);
+    }
 }
 
 struct Inner {
@@ -197,7 +249,19 @@ impl ChunkStore {
         let lease = arena.lease(region).map_err(|e| TierError::Internal(e.to_string()))?;
         let shape = Shape::of(&catalog);
         let eviction = options.eviction.unwrap_or_else(|| Box::new(GroupLru::new(&shape.groups(), slots)));
-        let policies = Policies {
+        let recorder = match options.trace {
+            None => None,
+            Some((out, limit)) => {
+                let header = TraceHeader {
+                    groups: shape.group_sizes(),
+                    chunk_bytes: Bytes(shape.payload.iter().copied().max().unwrap_or(0)),
+                    slots: slots as u64,
+                };
+                let writer = TraceWriter::new(out, &header, limit)?;
+                Some(Recorder { writer, turn: None, began: 0.0, stall_before: 0.0, failure: None })
+            }
+        };
+        let policies = PolicySet {
             eviction,
             predictor: options.predictor,
             admission: options.admission,
@@ -205,7 +269,11 @@ impl ChunkStore {
         };
         let inner = Arc::new(Inner {
             pool: Arc::new(SlotPool::new(lease, slot_bytes.to_usize())),
-            guarded: Mutex::new(Guarded { cache: ChunkCache::new(shape, slots, policies), stopping: false }),
+            guarded: Mutex::new(Guarded {
+                cache: ChunkCache::new(shape, slots, policies),
+                recorder,
+                stopping: false,
+            }),
             catalog,
             work: Condvar::new(),
             done: Condvar::new(),
@@ -290,14 +358,43 @@ impl ChunkStore {
         let mut guarded = self.inner.lock();
         let now = self.inner.now();
         let result = guarded.cache.used(group, uses, now);
+        let stall = guarded.cache.stall_seconds(now);
+        if let Some(recorder) = &mut guarded.recorder
+            && result.is_ok()
+        {
+            recorder.end_turn(now, stall);
+            recorder.turn = Some((group, uses.to_vec()));
+        }
         self.inner.work.notify_all();
         result
     }
 
     /// All groups have been computed once: a token, or a batch, is done.
     pub fn end_step(&self) {
-        self.inner.lock().cache.end_step();
+        let mut guarded = self.inner.lock();
+        guarded.cache.end_step();
+        let now = self.inner.now();
+        let stall = guarded.cache.stall_seconds(now);
+        if let Some(recorder) = &mut guarded.recorder {
+            recorder.end_step(now, stall);
+        }
         self.inner.work.notify_all();
+    }
+
+    /// Ends the trace, if one is being recorded, and says what went wrong with it: the run itself goes on when a trace
+    /// cannot be written.
+    ///
+    /// # Errors
+    /// `Io` when writing failed, `Invalid` when the trace reached its limit; what was written before is good.
+    pub fn finish_trace(&self) -> Result<(), TierError> {
+        let mut guarded = self.inner.lock();
+        let now = self.inner.now();
+        let stall = guarded.cache.stall_seconds(now);
+        let Some(mut recorder) = guarded.recorder.take() else { return Ok(()) };
+        drop(guarded);
+        recorder.end_turn(now, stall);
+        let flushed = recorder.writer.finish();
+        recorder.failure.map_or(flushed, Err)
     }
 
     fn guard(&self, guarded: MutexGuard<'_, Guarded>, n: u32, slot: u32) -> Result<ChunkGuard, TierError> {
@@ -442,6 +539,8 @@ impl Drop for ChunkStore {
             // A panic while reading has been told to those who waited.
             let _ = thread.join();
         }
+        // Who wants to know what became of the trace asks before.
+        let _ = self.finish_trace();
     }
 }
 

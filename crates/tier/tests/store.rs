@@ -105,7 +105,7 @@ enum Step {
     Any(Vec<usize>),
     Used(Vec<usize>),
     Drop,
-    EndStep,
+    Over,
 }
 
 fn a_step(chunks: usize) -> impl Strategy<Value = Step> {
@@ -120,7 +120,7 @@ fn a_step(chunks: usize) -> impl Strategy<Value = Step> {
         prop::collection::vec(one.clone(), 1..5).prop_map(Step::Any),
         prop::collection::vec(one, 1..5).prop_map(Step::Used),
         Just(Step::Drop),
-        Just(Step::EndStep),
+        Just(Step::Over),
     ]
 }
 
@@ -199,7 +199,7 @@ proptest! {
                                 store.used(group, &uses).unwrap();
                             }
                             Step::Drop => kept = None,
-                            Step::EndStep => store.end_step(),
+                            Step::Over => store.end_step(),
                         }
                         if let Some((n, guard)) = &kept {
                             assert_right(guard, &layout[*n]);

@@ -34,6 +34,11 @@ impl Recency {
         }
     }
 
+    /// All with their stamps; an older one has a smaller stamp.
+    pub fn iter(&self) -> impl Iterator<Item = (u64, ChunkId)> + '_ {
+        self.groups.values().flatten().map(|(&stamp, &chunk)| (stamp, chunk))
+    }
+
     pub fn resident(&self, group: u32) -> usize {
         self.groups.get(&group).map_or(0, BTreeMap::len)
     }

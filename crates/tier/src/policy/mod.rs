@@ -13,13 +13,27 @@
 //!   an expert is predicted, resident and evicted by itself, so the first n levels can be there without the others.
 
 mod admission;
+mod belady;
+mod frequency;
+mod lfu;
 mod lru;
+mod named;
+mod oracle;
+mod repeat_last;
+mod static_hot;
 
 use crate::ChunkId;
 use lightering_units::Seconds;
 
-pub use admission::{Always, Never};
+pub use admission::{Always, Never, Pays};
+pub use belady::Belady;
+pub use frequency::{FrequencyPredictor, FrequencyTable};
+pub use lfu::Lfu;
 pub use lru::{GlobalLru, GroupLru};
+pub use named::{ADMISSIONS, EVICTIONS, PREDICTORS, PolicyContext, PolicySet};
+pub use oracle::Oracle;
+pub use repeat_last::RepeatLast;
+pub use static_hot::StaticHot;
 
 /// A chunk that the router chose.
 #[derive(Clone, Copy, Debug, PartialEq)]
