@@ -83,13 +83,14 @@ pub enum Step<'a> {
 /// Values per block; a block stays in the first-level cache through all steps.
 const BLOCK: usize = 1024;
 
-struct Combine {
-    op: Binary,
-    x: *mut f32,
-    n: usize,
+/// Combines `n` values at `x` with others, in place.
+pub(crate) struct Combine {
+    pub(crate) op: Binary,
+    pub(crate) x: *mut f32,
+    pub(crate) n: usize,
     /// Null: `scalar` everywhere.
-    y: *const f32,
-    scalar: f32,
+    pub(crate) y: *const f32,
+    pub(crate) scalar: f32,
 }
 
 impl Kernel for Combine {

@@ -43,7 +43,8 @@ mod threads;
 
 pub use arch::Isa;
 pub use blocks::{
-    BlockActivations, block_matmul, block_matmul_scratch_len, can_quantize, dequantize_row, quantize_row,
+    BlockActivations, BlockWeights, ExpertFfn, block_matmul, block_matmul_scratch_len, can_quantize,
+    dequantize_row, expert_ffn, expert_ffn_scratch_len, quantize_row,
 };
 pub use cached_attention::{
     CacheFormat, CachePart, CacheRows, CachedAttentionShape, cache_page_bytes, cached_attention,

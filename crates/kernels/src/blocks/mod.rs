@@ -6,6 +6,7 @@
 //! the number of rows, not on the threads, not on the instruction set, and not on how the output channels are divided
 //! over calls.
 
+mod expert;
 mod portable;
 mod quantize;
 #[cfg(test)]
@@ -16,6 +17,7 @@ mod vnni;
 
 use lightering_units::BlockFormat;
 
+pub use expert::{BlockWeights, ExpertFfn, expert_ffn, expert_ffn_scratch_len};
 pub use quantize::{can_quantize, quantize_row};
 pub use unpack::dequantize_row;
 pub(crate) use unpack::half_to_f32;
@@ -66,6 +68,8 @@ pub struct BlockActivations<'a> {
     block_len: usize,
     x: &'a [f32],
     quantized: Quantized<'a>,
+    /// Which rows of those that were made ready; all of them if none.
+    selected: Option<&'a [u32]>,
 }
 
 impl std::fmt::Debug for BlockActivations<'_> {
@@ -161,7 +165,42 @@ impl<'a> BlockActivations<'a> {
             });
         }
         let quantized = Quantized { words: &scratch[..need], padded };
-        BlockActivations { rows, k, block_len: format.block_len(), x, quantized }
+        BlockActivations { rows, k, block_len: format.block_len(), x, quantized, selected: None }
+    }
+
+    /// Rows that products are computed for.
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// Some of the rows, in any order; products are computed for these alone, and have the same bits as in products for
+    /// all.
+    ///
+    /// # Panics
+    /// Panics when there is no such row, or these are already selected ones.
+    pub fn select<'b>(&'b self, rows: &'b [u32]) -> BlockActivations<'b> {
+        assert!(self.selected.is_none(), "rows are selected from all rows");
+        for &row in rows {
+            assert!((row as usize) < self.rows, "row {row} of {}", self.rows);
+        }
+        BlockActivations { rows: rows.len(), selected: Some(rows), ..*self }
+    }
+
+    #[inline(always)]
+    fn source(&self, row: usize) -> usize {
+        self.selected.map_or(row, |rows| rows[row] as usize)
+    }
+
+    /// Codes, scales and sums of a row.
+    #[inline(always)]
+    fn parts(&self, row: usize) -> (&'a [i8], &'a [f32], &'a [f32]) {
+        self.quantized.parts(self.source(row))
+    }
+
+    /// The values of a row.
+    #[inline(always)]
+    fn values(&self, row: usize) -> &'a [f32] {
+        &self.x[self.source(row) * self.k..][..self.k]
     }
 
     /// `y[row * y_stride + channel] = sum over i of w[channel, i] * x[row, i]` for `n` output channels whose weights
@@ -195,18 +234,23 @@ impl<'a> BlockActivations<'a> {
         let isa = pool.isa();
         pool.parallel_for(n.div_ceil(CHANNELS), &|task, _| {
             let first = task * CHANNELS;
-            let channels = CHANNELS.min(n - first);
-            let part = Part {
-                format,
-                w: &w[first * row_bytes..(first + channels) * row_bytes],
-                row_bytes,
-                channels,
-                activations: self,
-                y: y.get().wrapping_add(first),
-                y_stride,
-            };
-            part.run(isa);
+            let channels = first..n.min(first + CHANNELS);
+            self.part(format, w, channels, y.get().wrapping_add(first), y_stride).run(isa);
         });
+    }
+
+    /// The product of all rows with some of the channels, to `y`; the callers check all sizes.
+    fn part<'b>(
+        &'b self,
+        format: BlockFormat,
+        w: &'b [u8],
+        channels: std::ops::Range<usize>,
+        y: *mut f32,
+        y_stride: usize,
+    ) -> Part<'b> {
+        let row_bytes = checked_row_bytes(format, self.k);
+        let w = &w[channels.start * row_bytes..channels.end * row_bytes];
+        Part { format, w, row_bytes, channels: channels.len(), activations: self, y, y_stride }
     }
 }
 

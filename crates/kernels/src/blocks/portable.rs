@@ -93,7 +93,7 @@ fn small<S: Simd, const R: usize>(part: &Part<'_>, w: &[u8], row: usize) -> [f32
     let zero = i16::from(offset(format));
     let with_minimum = matches!(format, BlockFormat::Q4_1 | BlockFormat::Q5_1);
     let mut blocks = w.chunks_exact(format.block_bytes());
-    let parts: [_; R] = std::array::from_fn(|r| part.activations.quantized.parts(row + r));
+    let parts: [_; R] = std::array::from_fn(|r| part.activations.parts(row + r));
     let mut acc = [[0f32; 16]; R];
     let mut minima = [[0f32; 16]; R];
     for first in (0..part.activations.quantized.padded / 32).step_by(2) {
@@ -128,7 +128,7 @@ fn small<S: Simd, const R: usize>(part: &Part<'_>, w: &[u8], row: usize) -> [f32
 
 #[inline(always)]
 fn super_blocks<S: Simd, const R: usize>(part: &Part<'_>, w: &[u8], row: usize) -> [f32; R] {
-    let parts: [_; R] = std::array::from_fn(|r| part.activations.quantized.parts(row + r));
+    let parts: [_; R] = std::array::from_fn(|r| part.activations.parts(row + r));
     let mut acc = [[0f32; 16]; R];
     let mut minima = [[0f32; 8]; R];
     let mut b = SuperBlock::EMPTY;
@@ -165,7 +165,7 @@ fn super_blocks<S: Simd, const R: usize>(part: &Part<'_>, w: &[u8], row: usize) 
 
 #[inline(always)]
 fn plain<const R: usize>(part: &Part<'_>, w: &[u8], row: usize) -> [f32; R] {
-    let (x, k) = (part.activations.x, part.activations.k);
+    let k = part.activations.k;
     let size = part.format.block_bytes();
     let mut acc = [[0f32; 16]; R];
     for at in (0..k).step_by(16) {
@@ -193,7 +193,7 @@ fn plain<const R: usize>(part: &Part<'_>, w: &[u8], row: usize) -> [f32; R] {
         }
         for r in 0..R {
             let mut padded = [0f32; 16];
-            padded[..len].copy_from_slice(&x[(row + r) * k + at..][..len]);
+            padded[..len].copy_from_slice(&part.activations.values(row + r)[at..][..len]);
             for l in 0..16 {
                 acc[r][l] = values[l].mul_add(padded[l], acc[r][l]);
             }

@@ -5,7 +5,7 @@ use super::*;
 
 const ISAS: [Isa; 3] = [Isa::Portable, Isa::Avx2, Isa::Avx512];
 
-fn numbers(len: usize, seed: u64) -> Vec<f32> {
+pub(super) fn numbers(len: usize, seed: u64) -> Vec<f32> {
     let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
     (0..len)
         .map(|_| {
@@ -18,7 +18,7 @@ fn numbers(len: usize, seed: u64) -> Vec<f32> {
 }
 
 /// Weights of any bits, their scales excepted, which are ordinary numbers.
-fn random_blocks(format: BlockFormat, rows: usize, k: usize, seed: u64) -> Vec<u8> {
+pub(super) fn random_blocks(format: BlockFormat, rows: usize, k: usize, seed: u64) -> Vec<u8> {
     let bytes = format.row_bytes(k).unwrap();
     let mut w: Vec<u8> =
         numbers(rows * bytes, seed).iter().map(|x| (x.to_bits() >> 7 ^ x.to_bits()) as u8).collect();

@@ -297,7 +297,7 @@ unsafe fn small<F: Small, const R: usize>(part: &Part<'_>, row: usize) {
         let bytes = F::FORMAT.block_bytes();
         let blocks = part.row_bytes / bytes;
         let parts: [_; R] = std::array::from_fn(|r| {
-            let (codes, scales, sums) = part.activations.quantized.parts(row + r);
+            let (codes, scales, sums) = part.activations.parts(row + r);
             (codes.as_ptr(), scales.as_ptr(), sums.as_ptr())
         });
         for channel in 0..part.channels {
@@ -497,7 +497,7 @@ unsafe fn super_blocks<F: Super, const R: usize>(part: &Part<'_>, row: usize) {
     unsafe {
         let blocks = part.row_bytes / F::BYTES;
         let parts: [(*const i8, *const f32, *const i16); R] = std::array::from_fn(|r| {
-            let (codes, scales, sums) = part.activations.quantized.parts(row + r);
+            let (codes, scales, sums) = part.activations.parts(row + r);
             (codes.as_ptr(), scales.as_ptr(), sums.as_ptr().cast())
         });
         let lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
@@ -578,7 +578,7 @@ impl Plain for Bf16 {
 unsafe fn plain<F: Plain, const C: usize, const R: usize>(part: &Part<'_>, channel: usize, row: usize) {
     unsafe {
         let k = part.activations.k;
-        let x: [*const f32; R] = std::array::from_fn(|r| part.activations.x.as_ptr().add((row + r) * k));
+        let x: [*const f32; R] = std::array::from_fn(|r| part.activations.values(row + r).as_ptr());
         let w: [*const u8; C] = std::array::from_fn(|c| part.w.as_ptr().add((channel + c) * part.row_bytes));
         let mut acc = [[_mm512_setzero_ps(); R]; C];
         let mut at = 0;
