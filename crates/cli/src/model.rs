@@ -300,7 +300,11 @@ impl Model {
         let session = loop {
             attempts += 1;
             let session = planned(means, held, |plan| {
-                Session::new(&graph, sources.clone(), &SessionOptions { plan: plan.clone(), profile })
+                Session::new(
+                    &graph,
+                    sources.clone(),
+                    &SessionOptions { plan: plan.clone(), profile, rows: Vec::new() },
+                )
             })?;
             release_freed_memory();
             let plan = session.plan();

@@ -48,6 +48,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let options = SessionOptions {
         plan: PlanOptions { budget, threads, profile: MachineProfile::load_or_conservative()? },
         profile,
+        rows: Vec::new(),
     };
     drop(model);
     let mut session = Session::new(&graph, sources, &options)?;

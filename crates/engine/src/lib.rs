@@ -13,6 +13,7 @@ pub mod ops;
 mod plan;
 mod prepare;
 mod program;
+mod rows;
 mod session;
 mod value;
 

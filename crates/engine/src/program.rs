@@ -32,6 +32,8 @@ pub enum BufferKind {
     Activation,
     /// Handed to the caller.
     Output,
+    /// Kept between runs: caches of keys and values.
+    State,
     /// Scratch of one instruction.
     Workspace,
     /// Weights that stay for the whole run.
@@ -315,6 +317,7 @@ impl Builder<'_> {
             {
                 Ok(self.new_tensor(value, Storage::Inline(t.clone())))
             }
+            ValueKind::State(None) => self.new_buffer_tensor(value, BufferKind::State),
             ValueKind::Constant(_) => {
                 let tensor = self.weight(value, Packing::Plain)?;
                 self.tensor_of[value.index()] = Some(tensor);
@@ -395,12 +398,20 @@ impl Builder<'_> {
                 }
             });
         }
+        // A result that updates a state is the state.
+        let updated = node.op.updated_state();
+        let state = match updated {
+            Some(operand) => Some(self.state_of(node, inputs.get(operand).and_then(Option::as_ref))?),
+            None => None,
+        };
         let mut outputs = Vec::with_capacity(node.outputs.len());
-        for &value in &node.outputs {
+        for (i, &value) in node.outputs.iter().enumerate() {
             outputs.push(match value {
                 None => None,
                 Some(value) => {
-                    let tensor = if dynamic {
+                    let tensor = if let Some(storage) = state.clone().filter(|_| i == 0) {
+                        self.new_tensor(value, storage)
+                    } else if dynamic {
                         self.new_heap_tensor(value)
                     } else {
                         self.new_buffer_tensor(value, BufferKind::Activation)?
@@ -427,10 +438,23 @@ impl Builder<'_> {
             workspace: aligned(workspace),
             stripe: None,
             cost,
-            in_place: false,
+            in_place: updated == Some(0),
             origin: 0,
         }));
         Ok(())
+    }
+
+    /// Where the state lies that a node updates.
+    fn state_of(&self, node: &Node, operand: Option<&Operand>) -> Result<Storage, EngineError> {
+        let storage = operand.map(|o| self.program.tensors[o.tensor].storage.clone());
+        match storage {
+            Some(Storage::Buffer { buffer, offset })
+                if self.program.buffers[buffer].kind == BufferKind::State =>
+            {
+                Ok(Storage::Buffer { buffer, offset })
+            }
+            _ => Err(EngineError::Invalid(format!("{}: what it updates is no state", node.name))),
+        }
     }
 
     /// Gives the result of a node that moves nothing the bytes of its operand. `None` when the node does move.

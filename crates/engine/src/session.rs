@@ -15,6 +15,7 @@ use crate::loader::Loader;
 use crate::ops::{OpContext, TensorView, TensorViewMut};
 use crate::plan::{self, Layout, Plan, PlanOptions};
 use crate::program::{Instruction, Operand, Port, Program, Storage};
+use crate::rows::Rows;
 use crate::{EngineError, RuntimeValue};
 
 /// Where the inputs of a run come from.
@@ -92,6 +93,8 @@ pub struct SessionOptions {
     pub plan: PlanOptions,
     /// Times every instruction.
     pub profile: bool,
+    /// Classes of inputs whose leading dimension may be smaller than planned; see [`Session::run_rows`].
+    pub rows: Vec<Vec<String>>,
 }
 
 /// A planned graph with its arena allocated and its resident weights in place.
@@ -104,6 +107,7 @@ pub struct Session {
     threads: ThreadPool,
     memory: MemoryPool,
     profile: bool,
+    rows: Rows,
     /// Per instruction: the weights whose reading starts before it, and those that it needs.
     issue: Vec<Vec<usize>>,
     needed: Vec<Vec<usize>>,
@@ -164,7 +168,9 @@ impl Session {
             list.sort_by_key(|&w| assignment.loads[w].as_ref().map_or(0, |l| l.needed));
         }
         let heap_dead = heap_lifetimes(&program);
+        let rows = Rows::of(&program, &options.rows)?;
         Ok(Session {
+            rows,
             program,
             layout: assignment,
             plan,
@@ -209,6 +215,24 @@ impl Session {
         feed: &mut dyn Feed,
         fetch: &mut dyn FnMut(&str, OutputView<'_>) -> Result<(), EngineError>,
     ) -> Result<RunReport, EngineError> {
+        self.rows.begin_full();
+        let result = self.run_inner(feed, fetch);
+        self.loader.settle();
+        result
+    }
+
+    /// As [`run`](Self::run), for `rows[i]` rows of class `i` of [`SessionOptions::rows`]: inputs of that class are
+    /// asked for with that leading dimension, and outputs that follow from them have it, too.
+    ///
+    /// # Errors
+    /// As [`run`](Self::run), and when a class has no rows or more than planned.
+    pub fn run_rows(
+        &mut self,
+        rows: &[usize],
+        feed: &mut dyn Feed,
+        fetch: &mut dyn FnMut(&str, OutputView<'_>) -> Result<(), EngineError>,
+    ) -> Result<RunReport, EngineError> {
+        self.rows.begin(rows)?;
         let result = self.run_inner(feed, fetch);
         self.loader.settle();
         result
@@ -245,9 +269,16 @@ impl Session {
                     heap.put(*slot, value).map_err(|e| wrong(port, e))?;
                 }
                 _ => {
-                    let mut target = self.write(&self.program.whole(port.tensor))?;
+                    let whole = self.program.whole(port.tensor);
                     let ty = port.ty.tensor().expect("an input in the arena is a tensor");
-                    feed.fill(&port.name, ty, &mut target).map_err(|e| wrong(port, e))?;
+                    match self.rows.part(&self.program, &whole) {
+                        None => feed.fill(&port.name, ty, &mut self.write(&whole)?),
+                        Some(part) => {
+                            let ty = TensorType::fixed(ty.dtype, &part.dims);
+                            feed.fill(&port.name, &ty, &mut self.write(&part)?)
+                        }
+                    }
+                    .map_err(|e| wrong(port, e))?;
                 }
             }
         }
@@ -289,8 +320,10 @@ impl Session {
                 }
                 _ => {
                     let operand = self.program.whole(port.tensor);
-                    let guard = self.read(&Operand { bytes: 0..info.size_bytes(), ..operand })?;
-                    let view = TensorView { dtype: info.dtype, dims: &info.dims, bytes: &guard };
+                    let whole = Operand { bytes: 0..info.size_bytes(), ..operand };
+                    let operand = self.rows.part(&self.program, &whole).unwrap_or(whole);
+                    let guard = self.read(&operand)?;
+                    let view = TensorView { dtype: info.dtype, dims: &operand.dims, bytes: &guard };
                     fetch(&port.name, OutputView::Tensor(view))?;
                 }
             }
@@ -329,11 +362,28 @@ impl Session {
         self.arena.write(range).map_err(|e| self.conflict(operand, &e))
     }
 
+    /// The instruction for the rows of this run.
+    fn for_rows(&self, instruction: &Arc<Instruction>) -> Option<Instruction> {
+        let mut changed: Option<Instruction> = None;
+        let operands = instruction.inputs.iter().chain(&instruction.outputs).enumerate();
+        for (i, operand) in operands {
+            let Some(part) = operand.as_ref().and_then(|o| self.rows.part(&self.program, o)) else {
+                continue;
+            };
+            let copy = changed.get_or_insert_with(|| (**instruction).clone());
+            let inputs = copy.inputs.len();
+            *(if i < inputs { &mut copy.inputs[i] } else { &mut copy.outputs[i - inputs] }) = Some(part);
+        }
+        changed
+    }
+
     fn execute(&self, index: usize, heap: &mut Heap<'_>) -> Result<(), EngineError> {
         let instruction = &self.program.instructions[index];
         if matches!(instruction.kernel, Kernel::Dynamic) {
             return self.execute_dynamic(instruction, heap);
         }
+        let for_rows = self.for_rows(instruction);
+        let instruction = for_rows.as_ref().unwrap_or(instruction);
         // Guards first, then views that borrow them.
         let mut input_guards: Vec<Option<ArenaRead<'_>>> = Vec::with_capacity(instruction.inputs.len());
         for (i, operand) in instruction.inputs.iter().enumerate() {

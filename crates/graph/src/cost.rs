@@ -34,7 +34,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::infer::{Einsum, EinsumAxis};
 use crate::{
-    Activation, Constant, Direction, ElementwiseStep, Graph, MlOp, Node, NodeId, Op, PoolAttributes,
+    Activation, Constant, Direction, ElementwiseStep, Graph, LmOp, MlOp, Node, NodeId, Op, PoolAttributes,
     ReduceOp, ResizeMode, TensorType, UnaryOp, ValueId,
 };
 
@@ -275,7 +275,24 @@ fn flops(op: &Op, s: &Sizes<'_>) -> f64 {
         Op::DynamicQuantizeLinear => s.x() * 4.0,
 
         Op::Ml(op) => classic(op, s),
+        Op::Lm(op) => language(op, s),
         _ => 0.0,
+    }
+}
+
+fn language(op: &LmOp, s: &Sizes<'_>) -> f64 {
+    match op {
+        LmOp::BlockMatMul { .. } => 2.0 * s.x() * dim(s.output(0), 1) + s.additions(&[2]),
+        LmOp::BlockGather { .. } => s.out() * 2.0,
+        LmOp::RopeAngles { .. } => s.out() * TRANSCENDENTAL,
+        LmOp::Rope { .. } => s.out() * 3.0,
+        LmOp::CacheStore { .. } => s.input(1).map_or(0.0, elements),
+        // How many positions there will be is not known; a full cache page a row is the least that makes sense.
+        LmOp::CachedAttention(a) => {
+            dim(s.input(0), 0) * (a.heads * a.page_len * (a.key_len + a.value_len)) as f64 * 2.0
+        }
+        LmOp::Route { k, .. } => s.x() * (TRANSCENDENTAL + *k as f64),
+        LmOp::Experts { .. } => 6.0 * s.x() * dim(s.input(1), 1) * dim(s.input(3), 1),
     }
 }
 

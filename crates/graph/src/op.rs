@@ -1,7 +1,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::op_attributes::*;
-use crate::{Activation, DType, Graph, MlOp, Tensor};
+use crate::{Activation, DType, Graph, LmOp, MlOp, Tensor};
 
 /// One operand, element by element. Unless said otherwise the result has the operand's type.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
@@ -802,6 +802,10 @@ pub enum Op {
     // ---- classical machine learning ----
     /// ONNX-ML operators.
     Ml(Box<MlOp>),
+
+    // ---- language models ----
+    /// Operators of decoder language models.
+    Lm(Box<LmOp>),
 }
 
 impl Op {
@@ -823,6 +827,7 @@ impl Op {
             Op::GlobalPool { kind, .. } => format!("Global{}Pool", kind.name()),
             Op::Softmax { log: true, .. } => "LogSoftmax".to_owned(),
             Op::Ml(op) => variant(op),
+            Op::Lm(op) => variant(op),
             // Printing a whole body just to find its first word would be slow.
             Op::If { .. } => "If".to_owned(),
             Op::Loop { .. } => "Loop".to_owned(),
@@ -920,6 +925,15 @@ impl Op {
             | Op::ImageDecode { .. } => (1, 1),
             Op::StringConcat => (2, 2),
             Op::Ml(op) => op.input_count(),
+            Op::Lm(op) => op.input_count(),
+        }
+    }
+
+    /// The operand, a state, whose place the first result takes.
+    pub fn updated_state(&self) -> Option<usize> {
+        match self {
+            Op::Lm(op) => op.updated_state(),
+            _ => None,
         }
     }
 

@@ -39,6 +39,7 @@ pub mod ops;
 mod pack_rows;
 mod pool;
 mod rope;
+mod routing;
 mod threads;
 
 pub use arch::Isa;
@@ -70,4 +71,5 @@ pub use norm::{layer_norm, rms_norm, softmax};
 pub use pack_rows::{pack_conv_rows, pack_kn_rows, pack_nk_rows};
 pub use pool::{PoolKind, PoolShape, global_average_pool, pool2d};
 pub use rope::{RopePairing, RopeScaling, RopeShape, llama3_rope_factors, rope_angles, rotate};
+pub use routing::{Scoring, choose_experts};
 pub use threads::ThreadPool;

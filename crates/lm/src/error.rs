@@ -37,6 +37,9 @@ pub enum Error {
     /// A model file's metadata has no such key, or it is of another type.
     #[error(transparent)]
     Format(#[from] lightering_formats::Error),
+    /// The model cannot be planned or computed.
+    #[error(transparent)]
+    Engine(#[from] lightering_engine::EngineError),
     /// A chat template is wrong, or refuses the conversation.
     #[error("chat template, line {line}: {what}")]
     Template {

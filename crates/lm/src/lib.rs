@@ -19,18 +19,22 @@
 //! no module knows of terminals or sockets. The floors are in the repository's ARCHITECTURE.md.
 #![forbid(unsafe_code)]
 
+mod architecture;
 mod chat;
 mod constraint;
 mod error;
 mod json;
+mod language_model;
 mod model;
 mod sampler;
 mod tokenizer;
 
+pub use architecture::{CacheOptions, ExpertParameters, HyperParameters, build, ports};
 pub use chat::{CHATML, ChatTemplate, Conversation, MAX_TEMPLATE_BYTES, Message};
 pub use constraint::{Constraint, Grammar, TokenTable};
 pub use error::{Error, Result};
 pub use json::Json;
+pub use language_model::{Decoder, DecoderOptions, LanguageModel};
 pub use model::{Row, StepReport, TokenModel};
 pub use sampler::{
     Candidate, Mirostat, Sampler, SamplerOptions, TokenLogProbability, log_probability, top_log_probabilities,

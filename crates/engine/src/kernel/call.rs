@@ -2,10 +2,11 @@ use lightering_graph::StoredTensor;
 use lightering_kernels::{
     Activation, AttentionMask, ByteInput, ByteOutput, ByteWeights, ConvInput, ConvShape, Epilogue, Matrices,
     Operand, PoolKind, PoolShape, Residual, Step, ThreadPool, activate, attention, conv_packed_bytes_len,
-    conv2d, conv2d_bytes, elementwise, gemm, gemm_bytes, global_average_pool, layer_norm, matmul,
-    packed_bytes_len, pool2d, rms_norm, softmax,
+    conv2d, conv2d_bytes, dequantize_row, elementwise, gemm, gemm_bytes, global_average_pool, layer_norm,
+    matmul, packed_bytes_len, pool2d, rms_norm, softmax,
 };
 use lightering_tier::ByteSource;
+use lightering_units::BlockFormat;
 
 use super::{Broadcast, Bytes8, ChainStep, Columns, Kernel};
 use crate::EngineError;
@@ -31,7 +32,9 @@ impl<'a> Call<'a> {
     ) -> Result<(), EngineError> {
         let node = &*self.instruction.node;
         let done = match &self.instruction.kernel {
-            Kernel::Generic => ops::compute(&node.op, self.inputs, outputs, workspace, self.context),
+            Kernel::Generic | Kernel::Language => {
+                ops::compute(&node.op, self.inputs, outputs, workspace, self.context)
+            }
             Kernel::GatherStored => return self.gather_stored(outputs),
             Kernel::Dynamic => Err(OpError::Invalid("a dynamic node has no call".to_owned())),
             Kernel::Conv { shape, batch, activation, planes, columns } => {
@@ -40,6 +43,26 @@ impl<'a> Call<'a> {
             Kernel::MatMul { rows, k, n, activation, columns } => {
                 return self.matmul(*rows, *k, *n, *activation, *columns, outputs);
             }
+            Kernel::BlockMatMul { format, k, n, columns } => {
+                let (x, y) = (self.f32(0)?, self.result(outputs)?);
+                let Some(Some(w)) = self.inputs.get(1) else { return Err(self.missing("the weight")) };
+                let bias = self.optional_f32(2).map(|b| &b[columns.first..]);
+                let y = &mut y[columns.first..];
+                let shape = [*k, *n];
+                ops::language::block_matmul(
+                    self.threads,
+                    *format,
+                    shape,
+                    x,
+                    w.bytes,
+                    bias,
+                    y,
+                    columns.total,
+                    workspace,
+                );
+                Ok(())
+            }
+            Kernel::BlockGatherStored { format } => return self.gather_blocks(*format, outputs, workspace),
             Kernel::Pool { shape, batch, kind } => return self.pool(shape, *batch, *kind, outputs),
             Kernel::GlobalAverage { batch, pixels, channels } => {
                 let (x, y) = (self.f32(0)?, self.result(outputs)?);
@@ -211,7 +234,9 @@ impl<'a> Call<'a> {
         outputs: &mut [Option<TensorViewMut<'_>>],
     ) -> Result<(), EngineError> {
         let (a, packed, c) = (self.f32(0)?, self.f32(1)?, self.result(outputs)?);
-        let rows = self.instruction.stripe.as_ref().map_or(rows, |s| s.output_rows.len());
+        // A program made for many rows may run for fewer.
+        let rows =
+            self.instruction.stripe.as_ref().map_or(rows, |s| s.output_rows.len()).min(a.len() / k.max(1));
         let epilogue = Epilogue {
             bias: self.optional_f32(2).map(|b| &b[columns.first..]),
             residual: self
@@ -230,6 +255,8 @@ impl<'a> Call<'a> {
         outputs: &mut [Option<TensorViewMut<'_>>],
     ) -> Result<(), EngineError> {
         let y = self.result(outputs)?;
+        // Without operands that repeat, `n` is all of the result, which in a run for fewer rows is shorter.
+        let n = n.min(y.len().max(1));
         let x = if self.instruction.in_place { None } else { Some((self.f32(0)?, n)) };
         let mut program = Vec::with_capacity(steps.len());
         for step in steps {
@@ -332,6 +359,35 @@ impl<'a> Call<'a> {
             let image = &x[b * image_in..][..image_in];
             let target = &mut y[b * image_out..][..image_out];
             pool2d(self.threads, shape, kind, image, c, first_row, target, c, rows.clone());
+        }
+        Ok(())
+    }
+
+    /// Rows of a table in blocks, each read from the store into the scratch and decoded from there.
+    fn gather_blocks(
+        &self,
+        format: BlockFormat,
+        outputs: &mut [Option<TensorViewMut<'_>>],
+        workspace: &mut [u8],
+    ) -> Result<(), EngineError> {
+        let node = &*self.instruction.node;
+        let (Some((table, source)), Some(Some(ids))) = (self.stored, self.inputs.get(1)) else {
+            return Err(self.missing("an operand of the gather"));
+        };
+        let rows = self.instruction.inputs[0].as_ref().map_or(0, |o| o.dims[0]);
+        let row_bytes = table.size.to_usize() / rows.max(1);
+        let result = self.result(outputs)?;
+        let width = result.len() / ids.dims[0].max(1);
+        for (id, target) in ids.as_slice::<i32>().iter().zip(result.chunks_exact_mut(width.max(1))) {
+            let row = usize::try_from(*id).ok().filter(|&row| row < rows).ok_or_else(|| {
+                let problem = format!("token {id} is not in a vocabulary of {rows}");
+                EngineError::at(node, OpError::Invalid(problem))
+            })?;
+            let blocks = &mut workspace[..row_bytes];
+            source.read_at(table.offset + (row * row_bytes) as u64, blocks).map_err(|error| {
+                EngineError::Io { weight: node.name.clone(), source_name: source.name(), error }
+            })?;
+            dequantize_row(format, blocks, target);
         }
         Ok(())
     }

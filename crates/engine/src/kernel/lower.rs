@@ -5,8 +5,8 @@ use std::sync::Arc;
 
 use lightering_graph::infer::window::resolve_window;
 use lightering_graph::{
-    AttentionAttributes, BinaryOp, ConvAttributes, ElementwiseStep, Graph, Layout, MatMulAttributes, Node,
-    NodeId, Op, Padding, PoolAttributes, UnaryOp, ValueId,
+    AttentionAttributes, BinaryOp, ConvAttributes, ElementwiseStep, Graph, Layout, LmOp, MatMulAttributes,
+    Node, NodeId, Op, Padding, PoolAttributes, UnaryOp, ValueId,
 };
 use lightering_kernels::{
     AttentionShape, Binary, ConvShape, HeadStrides, PoolShape, attention_scratch_len, conv_bytes_supported,
@@ -170,12 +170,25 @@ pub(crate) fn lower(graph: &Graph, node: &Node, threads: usize, absorbed: &HashS
             .map(|(rows, n)| Lowered::generic(Kernel::RmsNorm { rows, n, epsilon: *epsilon })),
         Op::QLinearConv(a) => lower_byte_conv(graph, node, a),
         Op::QLinearMatMul(a) => lower_byte_matmul(graph, node, a),
+        Op::Lm(op) => Some(lower_language(graph, node, op, threads)),
         Op::Unary(op) => f32_dims(graph, node, 0)
             .and_then(|_| activation_of(Some(op)))
             .map(|activation| Lowered::generic(Kernel::Activate { activation })),
         _ => None,
     };
     special.unwrap_or_else(|| Lowered::generic(Kernel::Generic))
+}
+
+fn lower_language(graph: &Graph, node: &Node, op: &LmOp, threads: usize) -> Lowered {
+    let types: Vec<_> = node.inputs.iter().map(|v| v.and_then(|v| graph.value(v).ty.tensor())).collect();
+    let workspace = crate::ops::workspace_bytes(&node.op, &types, &[], threads).to_usize();
+    let kernel = match (op, f32_dims(graph, node, 0), types.get(1).and_then(|t| t.and_then(|t| t.dims()))) {
+        (LmOp::BlockMatMul { format }, Some(x), Some(w)) => {
+            Kernel::BlockMatMul { format: *format, k: x[1], n: w[0], columns: Columns::all(w[0]) }
+        }
+        _ => Kernel::Language,
+    };
+    Lowered { workspace, ..Lowered::generic(kernel) }
 }
 
 fn lower_conv(

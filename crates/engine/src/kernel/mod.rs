@@ -8,6 +8,7 @@ use lightering_graph::UnaryOp;
 use std::sync::Arc;
 
 use lightering_kernels::{Activation, AttentionShape, Binary, ConvShape, HeadStrides, PoolKind, PoolShape};
+use lightering_units::BlockFormat;
 
 pub(crate) use call::Call;
 pub(crate) use lower::{Lowered, absorbed_transposes, lower};
@@ -41,6 +42,12 @@ pub(crate) enum Kernel {
     Activate { activation: Activation },
     /// Element-wise steps in one sweep over rows of `n` elements; operand 0 has the shape of the result.
     Chain { n: usize, steps: Vec<ChainStep> },
+    /// Matrix product with weights in blocks, read where they lie: `[rows, k]` by `[n, k]`.
+    BlockMatMul { format: BlockFormat, k: usize, n: usize, columns: Columns },
+    /// Another operator of language models, row by row; see [`crate::ops`].
+    Language,
+    /// Rows of a table in blocks that stays in its store.
+    BlockGatherStored { format: BlockFormat },
     /// Batched product of two activations; strides 0 repeat a matrix.
     Product {
         batch: usize,
@@ -140,6 +147,9 @@ impl Kernel {
             Kernel::Conv { shape, .. } if shape.is_pointwise() => "conv pointwise",
             Kernel::Conv { .. } => "conv",
             Kernel::MatMul { .. } => "matmul packed",
+            Kernel::BlockMatMul { .. } => "block matmul",
+            Kernel::Language => "language",
+            Kernel::BlockGatherStored { .. } => "gather from file",
             Kernel::Pool { .. } => "pool",
             Kernel::GlobalAverage { .. } => "global average",
             Kernel::Activate { .. } => "activate",
@@ -166,12 +176,34 @@ impl Kernel {
             Kernel::Product { .. } | Kernel::Attention { .. } => 0.68,
             Kernel::ByteConv { shape, .. } if shape.is_depthwise() => 0.53,
             Kernel::ByteConv { .. } | Kernel::ByteMatMul { .. } => 1.7,
+            Kernel::BlockMatMul { .. } => 1.0,
+            Kernel::Language => 0.3,
             Kernel::Chain { .. }
             | Kernel::Softmax { .. }
             | Kernel::LayerNorm { .. }
             | Kernel::RmsNorm { .. } => 0.1,
             Kernel::Pool { .. } | Kernel::GlobalAverage { .. } | Kernel::Activate { .. } => 0.15,
-            Kernel::Generic | Kernel::Dynamic | Kernel::GatherStored => 0.03,
+            Kernel::Generic | Kernel::Dynamic | Kernel::GatherStored | Kernel::BlockGatherStored { .. } => {
+                0.03
+            }
+        }
+    }
+
+    /// Whether every row of the result comes from the same row of the operands that have rows, so that a program made
+    /// for many rows can run for fewer.
+    pub fn is_row_wise(&self, op: &lightering_graph::Op) -> bool {
+        match self {
+            Kernel::MatMul { .. }
+            | Kernel::BlockMatMul { .. }
+            | Kernel::Language
+            | Kernel::BlockGatherStored { .. }
+            | Kernel::Chain { .. }
+            | Kernel::Activate { .. }
+            | Kernel::Softmax { .. }
+            | Kernel::LayerNorm { .. }
+            | Kernel::RmsNorm { .. } => true,
+            Kernel::Generic => matches!(op, lightering_graph::Op::Gather { axis: 0 }),
+            _ => false,
         }
     }
 

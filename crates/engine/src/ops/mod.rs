@@ -12,6 +12,7 @@ mod dictionary;
 mod elementwise;
 mod heap;
 mod joining;
+pub(crate) mod language;
 mod linear;
 mod loss;
 mod ml;
@@ -147,6 +148,7 @@ pub fn compute(
         }
         Op::TfIdfVectorizer(_) => text::compute(op, inputs, outputs),
         Op::Ml(ml) => ml::compute(ml, inputs, outputs, context.threads),
+        Op::Lm(lm) => language::compute(lm, inputs, outputs, workspace, context),
         _ => Err(no_kernel(op)),
     }
 }
@@ -165,6 +167,7 @@ pub fn workspace_bytes(
         Op::Rnn(_) | Op::Lstm(_) | Op::Gru(_) => recurrent::workspace_bytes(op, inputs, outputs),
         Op::QLinearMatMul(_) | Op::QLinearConv(_) => quantization::workspace_bytes(op, inputs, outputs),
         Op::Dft { .. } | Op::Stft { .. } => signal::workspace_bytes(op, outputs),
+        Op::Lm(lm) => language::workspace_bytes(lm, inputs, threads),
         _ => Bytes::ZERO,
     }
 }

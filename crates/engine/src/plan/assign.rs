@@ -118,6 +118,11 @@ pub(crate) fn activation_requests(program: &Program) -> Vec<(Owner, Request)> {
             live[buffer] = Some((first, end));
         }
     }
+    for (b, live) in live.iter_mut().enumerate() {
+        if program.buffers[b].kind == BufferKind::State && live.is_some() {
+            *live = Some((0, end));
+        }
+    }
     let mut requests = Vec::new();
     for (b, live) in live.into_iter().enumerate() {
         if let Some((first, last)) = live

@@ -79,6 +79,7 @@ fn chunks(
         (Kernel::Conv { shape, .. }, Packing::Conv { .. }) if shape.groups == 1 => shape.out_c,
         (Kernel::ByteConv { shape, .. }, Packing::ByteConv { .. }) if shape.groups == 1 => shape.out_c,
         (Kernel::MatMul { n, .. }, Packing::Nk { .. }) => *n,
+        (Kernel::BlockMatMul { n, .. }, Packing::Plain) => *n,
         _ => return None,
     };
     let stored = matches!(weight.origin, WeightOrigin::Stored(_));
@@ -118,6 +119,12 @@ fn emit(
                 let channels = *kernel_n;
                 *kernel_n = n;
                 (Packing::Nk { k: *k, n, scale: cut(scale, part) }, channels)
+            }
+            (Kernel::BlockMatMul { n: kernel_n, columns, .. }, Packing::Plain) => {
+                *columns = Columns { first: part.start, total: *kernel_n };
+                let channels = *kernel_n;
+                *kernel_n = n;
+                (Packing::Plain, channels)
             }
             (Kernel::ByteConv { shape, bytes, columns, .. }, Packing::ByteConv { signed, .. }) => {
                 *columns = Columns { first: part.start, total: shape.out_c };

@@ -16,13 +16,14 @@ mod svg;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use lightering_graph::{LmOp, Op};
 use lightering_meter::MachineProfile;
 use lightering_units::{Bytes, Flops, Seconds};
 use serde::{Deserialize, Serialize};
 
 use crate::EngineError;
 use crate::kernel::{Kernel, Packing};
-use crate::program::{BufferKind, INLINE_MAX, Program, Storage, WeightOrigin};
+use crate::program::{BufferKind, INLINE_MAX, Program, Storage, WeightOrigin, aligned};
 pub(crate) use assign::Assignment;
 
 /// What a plan may assume.
@@ -184,10 +185,15 @@ fn read_rows_from_file(program: &mut Program) -> bool {
     let mut changed = false;
     for i in 0..program.instructions.len() {
         let instruction = &program.instructions[i];
-        let lightering_graph::Op::Gather { axis: 0 } = instruction.node.op else { continue };
-        let (Kernel::Generic, Some(Some(table))) = (&instruction.kernel, instruction.inputs.first()) else {
-            continue;
+        let kernel = match (&instruction.node.op, &instruction.kernel) {
+            (Op::Gather { axis: 0 }, Kernel::Generic) => Kernel::GatherStored,
+            (Op::Lm(op), Kernel::Language) => match **op {
+                LmOp::BlockGather { format } => Kernel::BlockGatherStored { format },
+                _ => continue,
+            },
+            _ => continue,
         };
+        let Some(Some(table)) = instruction.inputs.first() else { continue };
         let tensor = table.tensor;
         let Storage::Weight(w) = program.tensors[tensor].storage else { continue };
         let WeightOrigin::Stored(stored) = program.weights[w].origin else { continue };
@@ -200,13 +206,29 @@ fn read_rows_from_file(program: &mut Program) -> bool {
                     .any(|o| matches!(program.tensors[o.tensor].storage, Storage::Weight(x) if x == w))
         });
         let output = program.outputs.iter().any(|p| p.tensor == tensor);
-        if shared || output || !program.weights[w].packing.is_plain() {
+        if output || !program.weights[w].packing.is_plain() {
             continue;
         }
-        Arc::make_mut(&mut program.tensors[tensor]).storage = Storage::Stored(stored);
-        program.weights[w].packing = Packing::Stored;
-        program.weights[w].size = 0;
-        Arc::make_mut(&mut program.instructions[i]).kernel = Kernel::GatherStored;
+        if let Kernel::BlockGatherStored { .. } = kernel {
+            // Tied to the last layer, the table stays that layer's weight; the gather no longer needs all of it.
+            let mut by_row = (*program.tensors[tensor]).clone();
+            let row_bytes = by_row.dims[1];
+            by_row.storage = Storage::Stored(stored);
+            program.tensors.push(Arc::new(by_row));
+            let operand = program.whole(program.tensors.len() - 1);
+            let instruction = Arc::make_mut(&mut program.instructions[i]);
+            instruction.inputs[0] = Some(operand);
+            instruction.workspace = aligned(row_bytes);
+        } else if shared {
+            continue;
+        } else {
+            Arc::make_mut(&mut program.tensors[tensor]).storage = Storage::Stored(stored);
+        }
+        if !shared {
+            program.weights[w].packing = Packing::Stored;
+            program.weights[w].size = 0;
+        }
+        Arc::make_mut(&mut program.instructions[i]).kernel = kernel;
         changed = true;
     }
     changed

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 
 use super::assign::activation_requests;
 use super::offsets::max_live;
-use crate::program::{Instruction, Program, Storage};
+use crate::program::{BufferKind, Instruction, Program, Storage};
 
 fn peak(program: &Program) -> usize {
     let requests: Vec<_> = activation_requests(program).into_iter().map(|(_, r)| r).collect();
@@ -90,6 +90,12 @@ fn greedy(program: &Program) -> Option<Vec<usize>> {
     for port in &program.inputs {
         if let Some(Resource::Buffer(b)) = resource(port.tensor) {
             alive[b] = true;
+        }
+    }
+    for (b, buffer) in program.buffers.iter().enumerate() {
+        if buffer.kind == BufferKind::State {
+            alive[b] = true;
+            *uses_left.entry(b).or_default() += n;
         }
     }
     let mut ready: Vec<usize> = (0..n).filter(|&i| waiting[i] == 0).collect();

@@ -28,6 +28,7 @@ mod classic;
 mod control;
 mod einsum;
 mod elementwise;
+mod language;
 mod linear;
 mod movement;
 mod norm;
@@ -218,5 +219,6 @@ fn rule(o: &Operands<'_>) -> Rule<Vec<ValueType>> {
         Op::ImageDecode { format } => signal::image_decode(o, *format),
 
         Op::Ml(op) => classic::classic(o, op),
+        Op::Lm(op) => language::language(o, op),
     }
 }

@@ -1,0 +1,293 @@
+//! A decoder from a file, planned inside a budget and ready to compute.
+
+use std::sync::Arc;
+
+use lightering_engine::{
+    Bindings, EngineError, Feed, OutputView, Plan, PlanOptions, PrepareOptions, RuntimeValue, Session,
+    SessionOptions, plan_graph, prepare,
+};
+use lightering_formats::gguf::GgufFile;
+use lightering_graph::{DType, Graph, TensorType, ValueType};
+use lightering_meter::MemoryPool;
+use lightering_tier::ByteSource;
+
+use crate::architecture::{CacheOptions, HyperParameters, build, ports};
+use crate::{Error, Result, Row, StepReport, TokenModel};
+
+/// What a decoder is made ready for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DecoderOptions {
+    /// The cache of keys and values.
+    pub cache: CacheOptions,
+    /// Most tokens of one step.
+    pub rows: usize,
+    /// Most tokens of one step whose logits may be wanted.
+    pub wanted: usize,
+}
+
+/// A decoder's graph, bound to the sizes of its steps and not yet planned.
+pub struct Decoder {
+    graph: Graph,
+    parameters: HyperParameters,
+    options: DecoderOptions,
+    source: Arc<dyn ByteSource>,
+}
+
+impl Decoder {
+    /// Builds and rewrites the graph of the decoder in `file`, whose bytes are `source`. No weight is read.
+    ///
+    /// # Errors
+    /// What is wrong with the file's metadata or tensors, and options that ask for nothing.
+    pub fn new(file: &GgufFile, source: Arc<dyn ByteSource>, options: DecoderOptions) -> Result<Decoder> {
+        let cache = options.cache;
+        for (what, n) in [
+            ("rows of a step", options.rows),
+            ("wanted rows", options.wanted),
+            ("cache pages", cache.pages),
+            ("positions of a page", cache.page_len),
+            ("positions of a sequence", cache.context),
+        ] {
+            if n == 0 || n > i32::MAX as usize {
+                return Err(Error::invalid(what, n, "a number from 1 to 2147483647"));
+            }
+        }
+        let (mut graph, parameters) = build(file, &cache)?;
+        let pages = cache.context.div_ceil(cache.page_len);
+        let mut bindings = Bindings::default();
+        for &input in &graph.inputs {
+            let ty = match graph.value(input).name.as_str() {
+                ports::PAGES => TensorType::fixed(DType::I32, &[options.rows, pages]),
+                ports::WANTED => TensorType::fixed(DType::I64, &[options.wanted]),
+                _ => TensorType::fixed(DType::I32, &[options.rows]),
+            };
+            bindings.types.push((input, ty));
+        }
+        let sources = [source.clone()];
+        let memory = MemoryPool::unbounded();
+        prepare(&mut graph, &bindings, &sources, &memory, &PrepareOptions::default())?;
+        Ok(Decoder { graph, parameters, options, source })
+    }
+
+    /// The numbers that describe it.
+    pub fn parameters(&self) -> &HyperParameters {
+        &self.parameters
+    }
+
+    /// The graph.
+    pub fn graph(&self) -> &Graph {
+        &self.graph
+    }
+
+    /// Plans without allocating.
+    ///
+    /// # Errors
+    /// [`EngineError::Budget`] when nothing fits.
+    pub fn plan(&self, options: &PlanOptions) -> std::result::Result<Plan, EngineError> {
+        plan_graph(&self.graph, options)
+    }
+
+    /// Plans, allocates and loads the weights that stay.
+    ///
+    /// # Errors
+    /// [`EngineError::Budget`] when nothing fits; [`EngineError::Io`] when a weight cannot be read.
+    pub fn start(
+        &self,
+        options: &PlanOptions,
+        profile: bool,
+    ) -> std::result::Result<LanguageModel, EngineError> {
+        let tokens = [ports::TOKENS, ports::POSITIONS, ports::PAGES].map(str::to_owned).to_vec();
+        let options = SessionOptions {
+            plan: options.clone(),
+            profile,
+            rows: vec![tokens, vec![ports::WANTED.to_owned()]],
+        };
+        let session = Session::new(&self.graph, vec![self.source.clone()], &options)?;
+        Ok(LanguageModel {
+            session,
+            source: self.source.clone(),
+            parameters: self.parameters.clone(),
+            options: self.options,
+            instruction_seconds: Vec::new(),
+        })
+    }
+}
+
+/// A planned decoder with its cache and the weights that stay in memory.
+pub struct LanguageModel {
+    session: Session,
+    source: Arc<dyn ByteSource>,
+    parameters: HyperParameters,
+    options: DecoderOptions,
+    instruction_seconds: Vec<f64>,
+}
+
+/// The inputs of a step.
+struct Step<'a> {
+    rows: &'a [Row<'a>],
+    wanted: &'a [i64],
+    pages: usize,
+}
+
+impl Feed for Step<'_> {
+    fn fill(&mut self, name: &str, ty: &TensorType, target: &mut [u8]) -> std::result::Result<(), String> {
+        let ints = |target: &mut [u8], values: &mut dyn Iterator<Item = i32>| {
+            for (target, value) in target.as_chunks_mut::<4>().0.iter_mut().zip(values) {
+                *target = value.to_ne_bytes();
+            }
+        };
+        match name {
+            ports::TOKENS => ints(target, &mut self.rows.iter().map(|r| r.token as i32)),
+            ports::POSITIONS => ints(target, &mut self.rows.iter().map(|r| r.position as i32)),
+            ports::PAGES => {
+                for (target, row) in target.chunks_exact_mut(4 * self.pages).zip(self.rows) {
+                    let there = row.pages.iter().map(|&p| p as i32);
+                    ints(target, &mut there.chain(std::iter::repeat(-1)));
+                }
+            }
+            ports::WANTED => {
+                for (target, value) in target.as_chunks_mut::<8>().0.iter_mut().zip(self.wanted) {
+                    *target = value.to_ne_bytes();
+                }
+            }
+            _ => return Err(format!("is no input of a decoder ({ty:?})")),
+        }
+        Ok(())
+    }
+
+    fn value(&mut self, _name: &str, _ty: &ValueType) -> std::result::Result<RuntimeValue, String> {
+        Err("has no fixed size".to_owned())
+    }
+}
+
+impl LanguageModel {
+    /// The plan that it keeps.
+    pub fn plan(&self) -> &Plan {
+        self.session.plan()
+    }
+
+    /// The session below.
+    pub fn session(&self) -> &Session {
+        &self.session
+    }
+
+    /// The numbers that describe it.
+    pub fn parameters(&self) -> &HyperParameters {
+        &self.parameters
+    }
+
+    /// What it was made ready for.
+    pub fn options(&self) -> &DecoderOptions {
+        &self.options
+    }
+
+    /// Bytes read from the file so far.
+    pub fn bytes_read(&self) -> lightering_units::Bytes {
+        self.source.bytes_read()
+    }
+
+    /// Seconds of each instruction over all steps, in the plan's order; empty unless profiled.
+    pub fn instruction_seconds(&self) -> &[f64] {
+        &self.instruction_seconds
+    }
+
+    fn check(&self, rows: &[Row<'_>]) -> Result<Vec<i64>> {
+        let (most, context) = (self.options.rows, self.options.cache.context);
+        if rows.is_empty() || rows.len() > most {
+            return Err(Error::invalid("step", format!("{} rows", rows.len()), format!("1 to {most} rows")));
+        }
+        for (i, row) in rows.iter().enumerate() {
+            let place = || format!("row {i} of a step");
+            if row.token as usize >= self.parameters.vocabulary {
+                let expected = format!("a token of a vocabulary of {}", self.parameters.vocabulary);
+                return Err(Error::invalid(place(), format!("token {}", row.token), expected));
+            }
+            if row.position as usize >= context {
+                let what = format!("position {}", row.position);
+                return Err(Error::invalid(place(), what, format!("a position below {context}")));
+            }
+        }
+        let wanted: Vec<i64> =
+            rows.iter().enumerate().filter(|(_, r)| r.wants_logits).map(|(i, _)| i as i64).collect();
+        if wanted.len() > self.options.wanted {
+            let expected = format!("at most {}", self.options.wanted);
+            return Err(Error::invalid("step", format!("{} wanted rows", wanted.len()), expected));
+        }
+        Ok(wanted)
+    }
+
+    /// Computes a step and gives the wanted rows of the output with this name.
+    fn compute(
+        &mut self,
+        rows: &[Row<'_>],
+        output: &str,
+        give: &mut dyn FnMut(usize, &[f32]),
+    ) -> Result<StepReport> {
+        let wanted = self.check(rows)?;
+        // The graph ends in at least one row of results.
+        let computed = if wanted.is_empty() { vec![rows.len() as i64 - 1] } else { wanted.clone() };
+        let pages = self.options.cache.context.div_ceil(self.options.cache.page_len);
+        let mut step = Step { rows, wanted: &computed, pages };
+        let counts = [rows.len(), computed.len()];
+        let report = self.session.run_rows(&counts, &mut step, &mut |name, view| {
+            if name == output
+                && let OutputView::Tensor(view) = view
+            {
+                let values: &[f32] = view.as_slice();
+                let width = values.len() / computed.len();
+                for (row, values) in wanted.iter().zip(values.chunks_exact(width)) {
+                    give(*row as usize, values);
+                }
+            }
+            Ok(())
+        })?;
+        self.instruction_seconds.resize(report.instruction_seconds.len(), 0.0);
+        for (sum, seconds) in self.instruction_seconds.iter_mut().zip(&report.instruction_seconds) {
+            *sum += seconds.0;
+        }
+        Ok(StepReport { seconds: report.seconds, stall: report.stall, bytes_read: report.bytes_streamed })
+    }
+}
+
+impl TokenModel for LanguageModel {
+    fn vocabulary_len(&self) -> usize {
+        self.parameters.vocabulary
+    }
+
+    fn embedding_len(&self) -> usize {
+        self.parameters.width
+    }
+
+    fn context_len(&self) -> usize {
+        self.options.cache.context
+    }
+
+    fn rows_max(&self) -> usize {
+        self.options.rows
+    }
+
+    fn wanted_rows_max(&self) -> usize {
+        self.options.wanted
+    }
+
+    fn page_len(&self) -> usize {
+        self.options.cache.page_len
+    }
+
+    fn page_count(&self) -> usize {
+        self.options.cache.pages
+    }
+
+    fn step(&mut self, rows: &[Row<'_>], logits: &mut dyn FnMut(usize, &mut [f32])) -> Result<StepReport> {
+        // Samplers rewrite logits, and the arena's are only lent for reading.
+        let mut copy = Vec::new();
+        self.compute(rows, ports::LOGITS, &mut |row, values| {
+            copy.clear();
+            copy.extend_from_slice(values);
+            logits(row, &mut copy);
+        })
+    }
+
+    fn embed(&mut self, rows: &[Row<'_>], hidden: &mut dyn FnMut(usize, &[f32])) -> Result<StepReport> {
+        self.compute(rows, ports::HIDDEN, hidden)
+    }
+}
