@@ -48,6 +48,30 @@ pub enum Error {
         /// What is wrong, in the template's own words where it has some.
         what: String,
     },
+    /// Too many requests wait already; try again later.
+    #[error("{waiting} requests wait already, and the limit is {limit}; try again later")]
+    Busy {
+        /// Requests that wait.
+        waiting: usize,
+        /// Most that may wait.
+        limit: usize,
+    },
+    /// The scheduler takes no more requests.
+    #[error("the scheduler is shutting down and takes no more requests")]
+    Closed,
+    /// A sequence would be longer than the model's context or cache.
+    #[error("prompt of {prompt} tokens and answer of {answer} tokens; expected at most {limit} together")]
+    TooLong {
+        /// Tokens of the prompt.
+        prompt: usize,
+        /// Tokens of the answer that was asked for.
+        answer: usize,
+        /// Most tokens of both together.
+        limit: usize,
+    },
+    /// A bug in this program, or a system that refuses the basics.
+    #[error("internal error: {0}")]
+    Internal(String),
 }
 
 /// The result of every fallible function of this crate.

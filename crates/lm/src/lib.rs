@@ -1,4 +1,4 @@
-//! Language models: tokenizers, chat templates, samplers, constrained output.
+//! Language models: tokenizers, chat templates, samplers, constrained output, the scheduler.
 //!
 //! ```
 //! use lightering_lm::{Tokenizer, VocabularyData};
@@ -27,6 +27,8 @@ mod json;
 mod language_model;
 mod model;
 mod sampler;
+mod scheduler;
+mod status;
 mod tokenizer;
 
 pub use architecture::{CacheOptions, ExpertParameters, HyperParameters, build, ports};
@@ -39,4 +41,10 @@ pub use model::{Row, StepReport, TokenModel};
 pub use sampler::{
     Candidate, Mirostat, Sampler, SamplerOptions, TokenLogProbability, log_probability, top_log_probabilities,
 };
+pub use scheduler::{
+    Counters, Done, Event, Events, FinishReason, GeneratedToken, GenerationRequest, LatencyHistogram,
+    MAX_LOGPROBS, MAX_STOP_BYTES, MAX_STOPS, ModelLimits, Scheduler, SchedulerOptions, SchedulerState,
+    Timings, Usage,
+};
+pub use status::{ExpertResidency, ModelStatus};
 pub use tokenizer::{MAX_TEXT_BYTES, MAX_TOKENS, StreamDecoder, TokenKind, Tokenizer, VocabularyData};

@@ -2,7 +2,7 @@
 
 use lightering_units::{Bytes, Seconds};
 
-use crate::Result;
+use crate::{ModelStatus, Result};
 
 /// One token of one sequence, to be computed in a step.
 ///
@@ -70,4 +70,9 @@ pub trait TokenModel: Send {
     /// # Errors
     /// As [`step`](Self::step).
     fn embed(&mut self, rows: &[Row<'_>], hidden: &mut dyn FnMut(usize, &[f32])) -> Result<StepReport>;
+
+    /// What it can tell of its memory and weights; asked a few times in a second at most.
+    fn status(&self) -> ModelStatus {
+        ModelStatus::default()
+    }
 }
