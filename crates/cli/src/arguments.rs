@@ -3,7 +3,8 @@
 use crate::output::Output;
 use clap::{Args, Parser, Subcommand, ValueHint};
 use clap_complete::Shell;
-use lightering_units::{Bytes, Watts};
+use lightering_tier::policy::{ADMISSIONS, EVICTIONS, PREDICTORS};
+use lightering_units::{Bytes, BytesPerSecond, Seconds, Watts};
 use std::path::PathBuf;
 
 /// Run AI models inside a memory budget that is planned, kept and proven.
@@ -52,6 +53,12 @@ pub enum Command {
     Bench(BenchArguments),
     /// Turn text into the tokens of a language model, and tokens into text
     Tokenize(TokenizeArguments),
+    /// Work with chunk traces: what a run needed of what does not fit, and what policies would make of it
+    Tier {
+        /// What to do with them.
+        #[command(subcommand)]
+        command: TierCommand,
+    },
     /// Measure this machine and write the profile that the planner uses
     Doctor(DoctorArguments),
     /// Run ONNX backend test cases and count what passes
@@ -314,6 +321,131 @@ pub struct TokenizeArguments {
     /// Print a table of ids and pieces
     #[arg(long, short = 'v')]
     pub pieces: bool,
+}
+
+/// `lighter tier`
+#[derive(Clone, Debug, Subcommand)]
+pub enum TierCommand {
+    /// Run a trace again without its model: hit rate, bytes and stall for each policy and capacity
+    Replay(TierReplayArguments),
+    /// Show what is in a trace
+    Inspect {
+        /// The trace
+        #[arg(value_name = "TRACE", value_hint = ValueHint::FilePath)]
+        trace: PathBuf,
+    },
+    /// Write a trace without a model, for trying policies
+    Synth(TierSynthArguments),
+}
+
+/// How many chunks fit: a number, or a share of all.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Capacity {
+    /// This many.
+    Slots(u64),
+    /// This share of all, between 0 and 1.
+    Share(f64),
+}
+
+fn parse_capacity(text: &str) -> Result<Capacity, String> {
+    let error = || format!("expected a number of chunks such as 96, or a share such as 25%, found {text:?}");
+    match text.strip_suffix('%') {
+        Some(percent) => match percent.trim().parse::<f64>() {
+            Ok(percent) if percent > 0.0 && percent <= 100.0 => Ok(Capacity::Share(percent / 100.0)),
+            _ => Err(error()),
+        },
+        None => match text.parse::<u64>() {
+            Ok(slots) if slots > 0 => Ok(Capacity::Slots(slots)),
+            _ => Err(error()),
+        },
+    }
+}
+
+fn parse_rate(text: &str) -> Result<BytesPerSecond, String> {
+    let size = text.strip_suffix("/s").unwrap_or(text);
+    parse_bytes(size)
+        .map(|bytes| BytesPerSecond(bytes.0 as f64))
+        .map_err(|_| format!("expected bytes a second such as 1.3GB/s, found {text:?}"))
+}
+
+fn parse_seconds(text: &str) -> Result<Seconds, String> {
+    text.parse().map_err(|error: lightering_units::ParseUnitError| error.to_string())
+}
+
+fn parse_fraction(text: &str) -> Result<f64, String> {
+    match text.parse::<f64>() {
+        Ok(value) if (0.0..=1.0).contains(&value) => Ok(value),
+        _ => Err(format!("expected a number from 0 to 1, found {text:?}")),
+    }
+}
+
+/// `lighter tier replay`
+#[derive(Clone, Debug, Args)]
+pub struct TierReplayArguments {
+    /// The trace
+    #[arg(value_name = "TRACE", value_hint = ValueHint::FilePath)]
+    pub trace: PathBuf,
+    /// Who leaves when there is no room; belady, the bound, is printed beside them
+    ///
+    /// static-hot takes its frequencies from this very trace, which flatters it.
+    #[arg(long, value_name = "NAMES", value_delimiter = ',', default_value = "lru,lfu,static-hot",
+          value_parser = clap::builder::PossibleValuesParser::new(EVICTIONS))]
+    pub policy: Vec<String>,
+    /// What is read ahead; oracle, which knows the future, is printed beside them
+    #[arg(long, value_name = "NAMES", value_delimiter = ',', default_value = "none,repeat-last,frequency",
+          value_parser = clap::builder::PossibleValuesParser::new(PREDICTORS))]
+    pub prefetch: Vec<String>,
+    /// Which predictions are read ahead
+    #[arg(long, value_name = "NAME", default_value = "always",
+          value_parser = clap::builder::PossibleValuesParser::new(ADMISSIONS))]
+    pub admission: String,
+    /// Chunks that fit, as a number or a share of all [default: those of the recorded store, else 50% and 25%]
+    #[arg(long, value_name = "N|P%", value_delimiter = ',', value_parser = parse_capacity)]
+    pub capacity: Vec<Capacity>,
+    /// Rate of the disk [default: that of random O_DIRECT reads in the machine profile]
+    #[arg(long, value_name = "RATE", value_parser = parse_rate)]
+    pub disk_rate: Option<BytesPerSecond>,
+    /// Time before each read begins to move bytes
+    #[arg(long, value_name = "TIME", default_value = "0", value_parser = parse_seconds)]
+    pub disk_latency: Seconds,
+    /// Machine profile to take the rate from [default: what `lighter doctor` wrote]
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
+    pub machine: Option<PathBuf>,
+}
+
+/// `lighter tier synth`
+#[derive(Clone, Debug, Args)]
+pub struct TierSynthArguments {
+    /// Where to write the trace
+    #[arg(value_name = "TRACE", value_hint = ValueHint::FilePath)]
+    pub trace: PathBuf,
+    /// Groups, such as layers
+    #[arg(long, value_name = "L", default_value_t = 24, value_parser = clap::value_parser!(u32).range(1..=65536))]
+    pub groups: u32,
+    /// Chunks of each group, such as experts
+    #[arg(long, value_name = "E", default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..=65536))]
+    pub chunks: u32,
+    /// Chunks that a group needs in a step
+    #[arg(long, value_name = "K", default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..=65535))]
+    pub per_step: u32,
+    /// Steps, such as tokens
+    #[arg(long, value_name = "N", default_value_t = 500, value_parser = clap::value_parser!(u64).range(1..))]
+    pub steps: u64,
+    /// Exponent of Zipf's law by which each group prefers its chunks; 0 for equal preference
+    #[arg(long, value_name = "S", default_value = "0.8", value_parser = parse_tolerance)]
+    pub zipf: f64,
+    /// Probability that a chunk is needed again because it was needed in the step before
+    #[arg(long, value_name = "P", default_value = "0.3", value_parser = parse_fraction)]
+    pub repeat: f64,
+    /// Size of a chunk
+    #[arg(long, value_name = "SIZE", default_value = "2MiB", value_parser = parse_bytes)]
+    pub chunk_size: Bytes,
+    /// Time that a group is computed on
+    #[arg(long, value_name = "TIME", default_value = "2ms", value_parser = parse_seconds)]
+    pub computing: Seconds,
+    /// Same seed, same trace
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub seed: u64,
 }
 
 /// `lighter doctor`

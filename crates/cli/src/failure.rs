@@ -3,6 +3,7 @@
 use lightering_engine::EngineError;
 use lightering_graph::GraphError;
 use lightering_meter::MeterError;
+use lightering_tier::TierError;
 use lightering_units::Bytes;
 use std::fmt::Write as _;
 use std::io;
@@ -145,13 +146,27 @@ macro_rules! from_library {
         }
     )* };
 }
-from_library!(MeterError, GraphError, EngineError, lightering_formats::Error, lightering_lm::Error);
+from_library!(
+    MeterError,
+    GraphError,
+    EngineError,
+    lightering_formats::Error,
+    lightering_lm::Error,
+    TierError
+);
 
 /// The exit code that a typed error of the libraries asks for.
 fn exit_of(cause: &(dyn std::error::Error + 'static)) -> Option<Exit> {
     if let Some(error) = cause.downcast_ref() {
         return Some(match error {
             MeterError::Budget { .. } => Exit::Budget,
+            _ => Exit::Input,
+        });
+    }
+    if let Some(error) = cause.downcast_ref() {
+        return Some(match error {
+            TierError::TooFewSlots { .. } => Exit::Budget,
+            TierError::Internal(_) => Exit::Internal,
             _ => Exit::Input,
         });
     }

@@ -78,9 +78,19 @@ fn npy(descr: &str, shape: &str, bytes: &[u8]) -> Vec<u8> {
 fn usage_errors_are_exit_2_and_help_is_exit_0() {
     let s = Sandbox::new();
     let help = s.check(&["--help"], 0, &[]);
-    for command in
-        ["run", "demo", "inspect", "plan", "bench", "tokenize", "doctor", "conformance", "completions", "man"]
-    {
+    for command in [
+        "run",
+        "demo",
+        "inspect",
+        "plan",
+        "bench",
+        "tokenize",
+        "tier",
+        "doctor",
+        "conformance",
+        "completions",
+        "man",
+    ] {
         assert!(stdout(&help).contains(command), "{command}");
     }
     assert!(stdout(&s.check(&["--version"], 0, &[])).contains(env!("CARGO_PKG_VERSION")));
@@ -291,4 +301,37 @@ fn the_embedded_model_knows_its_espresso() {
     let text = stdout(&output);
     let first = text.lines().nth(2).unwrap_or_default();
     assert!(first.contains("968") && first.contains("espresso"), "{text}");
+}
+
+#[test]
+fn traces_are_made_inspected_and_replayed() {
+    let s = Sandbox::new();
+    let synth = "tier synth t.trace --groups 4 --chunks 16 --per-step 2 --steps 60 --seed 3";
+    s.check(&synth.split(' ').collect::<Vec<_>>(), 0, &[]);
+    let told = json(&s.check(&["tier", "inspect", "t.trace", "--json"], 0, &[]));
+    assert_eq!((&told["steps"], &told["chunks"], &told["uses"]), (&60.into(), &64.into(), &480.into()));
+    let text = stdout(&s.check(&["tier", "inspect", "t.trace"], 0, &[]));
+    assert!(text.contains("60 steps") && text.contains("64 chunks"), "{text}");
+    let replay = ["tier", "replay", "t.trace", "--capacity", "50%,8", "--disk-rate", "1GB/s"];
+    let text = stdout(&s.check(&replay, 0, &[]));
+    for part in ["load-on-demand", "lru", "lfu", "static-hot", "belady", "repeat-last", "oracle"] {
+        assert!(text.contains(part), "{part} is missing from\n{text}");
+    }
+    let report =
+        json(&s.check(&[&replay[..], &["--json", "--policy", "lru", "--prefetch", "none"]].concat(), 0, &[]));
+    let rows = report["rows"].as_array().expect("rows");
+    // For each capacity the wanted one and the two controls, and the baseline.
+    assert_eq!((report["schema"].as_str(), rows.len()), (Some("lightering.tier-replay/1"), 7));
+    let hits = |policy: &str, slots: u64| {
+        let row =
+            rows.iter().find(|r| r["eviction"] == policy && r["prefetch"] == "none" && r["slots"] == slots);
+        row.and_then(|r| r["hit_rate"].as_f64()).expect("a row")
+    };
+    assert!(hits("belady", 8) >= hits("lru", 8) && hits("lru", 32) > hits("lru", 8));
+    s.check(&["tier", "replay", "t.trace", "--policy", "fifo"], 2, &["lru-global"]);
+    s.check(&["tier", "replay", "t.trace", "--capacity", "0"], 2, &["25%"]);
+    s.check(&["tier", "replay", "none.trace"], 2, &["none.trace"]);
+    s.check(&["tier", "synth", "u.trace", "--chunks", "4", "--per-step", "5"], 2, &["5 of 4 chunks"]);
+    s.write("bad.trace", b"LTRC\x09\0");
+    s.check(&["tier", "inspect", "bad.trace"], 2, &["bad.trace", "version 9"]);
 }

@@ -1,6 +1,9 @@
 //! Chunks in a region of the arena, read by threads of their own.
 //!
-//! Reading is done by a few threads with `pread` past the page cache ([`DirectFile`](crate::DirectFile)).
+//! Reading is done by a few threads with `pread` past the page cache ([`DirectFile`](crate::DirectFile)). io_uring was
+//! measured beside them, random reads of 64 KiB to 8 MiB with 1 to 16 of them under way on a virtual NVMe disk: the rates
+//! differed by less than they varied from one run to the next, both reach the disk's own rate from two to four reads on,
+//! and the threads take a tenth of a core. A chunk is large and a turn needs a handful, so there is nothing to save.
 
 use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};

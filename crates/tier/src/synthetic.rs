@@ -62,11 +62,16 @@ impl Random {
 }
 
 impl SyntheticTrace {
-    /// Writes the trace file's bytes to `out`.
+    fn header(&self) -> TraceHeader {
+        let groups = (0..self.groups).map(|g| (g, self.chunks)).collect();
+        TraceHeader { groups, chunk_bytes: self.chunk_bytes, slots: 0 }
+    }
+
+    /// Checks that there can be such a trace.
     ///
     /// # Errors
-    /// `Invalid` for counts that cannot be, `Corrupt` for more than a trace can hold, `Io` when writing fails.
-    pub fn write(&self, out: impl std::io::Write) -> Result<(), TierError> {
+    /// `Invalid` for counts that contradict each other, `Corrupt` for more than a trace can hold.
+    pub fn check(&self) -> Result<(), TierError> {
         let invalid = |what: String| Err(TierError::Invalid(what));
         if self.per_step == 0 || self.per_step > self.chunks || self.per_step > u32::from(u16::MAX) {
             return invalid(format!("{} of {} chunks cannot be used in a step", self.per_step, self.chunks));
@@ -78,9 +83,22 @@ impl SyntheticTrace {
                 self.zipf, self.repeat
             ));
         }
-        let groups = (0..self.groups).map(|g| (g, self.chunks)).collect();
-        let header = TraceHeader { groups, chunk_bytes: self.chunk_bytes, slots: 0 };
-        let mut writer = TraceWriter::new(out, &header, TRACE_MAX_BYTES)?;
+        if self.steps.saturating_mul(u64::from(self.groups)) > TRACE_MAX_BYTES.0 / 9 {
+            return invalid(format!(
+                "{} steps of {} groups are more than a trace holds",
+                self.steps, self.groups
+            ));
+        }
+        self.header().check(0)
+    }
+
+    /// Writes the trace file's bytes to `out`.
+    ///
+    /// # Errors
+    /// As for [`SyntheticTrace::check`]; `Invalid` for more than a trace holds, `Io` when writing fails.
+    pub fn write(&self, out: impl std::io::Write) -> Result<(), TierError> {
+        self.check()?;
+        let mut writer = TraceWriter::new(out, &self.header(), TRACE_MAX_BYTES)?;
         let mut random = Random(self.seed);
         // Each group's order of preference: shuffled, by Fisher and Yates.
         let mut orders: Vec<Vec<u32>> = (0..self.groups).map(|_| (0..self.chunks).collect()).collect();

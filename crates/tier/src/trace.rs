@@ -44,7 +44,7 @@ impl TraceHeader {
         self.groups.iter().map(|g| u64::from(g.1)).sum()
     }
 
-    fn check(&self, offset: u64) -> Result<(), TierError> {
+    pub(crate) fn check(&self, offset: u64) -> Result<(), TierError> {
         let corrupt = |what: String| Err(TierError::Corrupt { offset, what });
         if self.groups.is_empty() || self.groups.len() > COUNT_MAX as usize {
             return corrupt(format!("{} groups; expected 1 to {COUNT_MAX}", self.groups.len()));

@@ -9,6 +9,7 @@ mod inspect;
 mod man;
 mod plan;
 mod run;
+mod tier;
 mod tokenize;
 
 use crate::arguments::{Arguments, Command};
@@ -34,6 +35,7 @@ pub fn run(arguments: Arguments) -> Outcome {
             bench::run(&arguments, output)
         }
         Command::Tokenize(arguments) => tokenize::run(&arguments, output),
+        Command::Tier { command } => tier::run(&command, output),
         Command::Doctor(arguments) => doctor::run(&arguments, output),
         Command::Conformance(arguments) => conformance::run(&arguments, output),
         Command::Completions { shell } => completions::run(shell),
