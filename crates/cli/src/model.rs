@@ -303,7 +303,7 @@ impl Model {
                 Session::new(
                     &graph,
                     sources.clone(),
-                    &SessionOptions { plan: plan.clone(), profile, rows: Vec::new() },
+                    &SessionOptions { profile, ..SessionOptions::new(plan.clone()) },
                 )
             })?;
             release_freed_memory();

@@ -46,9 +46,12 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         }
     }
     let options = SessionOptions {
-        plan: PlanOptions { budget, threads, profile: MachineProfile::load_or_conservative()? },
         profile,
-        rows: Vec::new(),
+        ..SessionOptions::new(PlanOptions {
+            budget,
+            threads,
+            profile: MachineProfile::load_or_conservative()?,
+        })
     };
     drop(model);
     let mut session = Session::new(&graph, sources, &options)?;

@@ -57,6 +57,17 @@ pub enum EngineError {
         /// What the system said.
         error: std::io::Error,
     },
+    /// An expert could not be read, or not so many fit at once.
+    #[error("node {node:?}: {error}")]
+    Experts {
+        /// The layer's node.
+        node: String,
+        /// What happened; names layer and expert.
+        error: lightering_tier::TierError,
+    },
+    /// A store of chunks could not be opened.
+    #[error(transparent)]
+    Tier(#[from] lightering_tier::TierError),
     /// The system refused memory that the budget allows.
     #[error("the system refused memory: {0}")]
     Memory(std::io::Error),

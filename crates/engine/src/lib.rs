@@ -6,6 +6,7 @@
 
 pub mod conformance;
 mod error;
+mod experts;
 mod interpreter;
 mod kernel;
 mod loader;
@@ -18,6 +19,7 @@ mod session;
 mod value;
 
 pub use error::EngineError;
+pub use experts::{ExpertOptions, OpenTrace};
 pub use interpreter::{Evaluator, execute_op, interpret, run_graph};
 pub use plan::{Decision, PLAN_SCHEMA, Plan, PlanOptions, PlannedBuffer, PlannedInstruction, PlannedWeight};
 pub use prepare::{Bindings, PrepareOptions, prepare};

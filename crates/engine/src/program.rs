@@ -11,6 +11,7 @@ use lightering_tier::ARENA_ALIGNMENT;
 use lightering_units::{Bytes, DType};
 
 use crate::EngineError;
+use crate::experts::ExpertSet;
 use crate::kernel::{Kernel, Lowered, Packing, absorbed_transposes, lower};
 use crate::ops;
 
@@ -34,6 +35,8 @@ pub enum BufferKind {
     Output,
     /// Kept between runs: caches of keys and values.
     State,
+    /// Experts of a mixture, as many as fit.
+    Experts,
     /// Scratch of one instruction.
     Workspace,
     /// Weights that stay for the whole run.
@@ -159,6 +162,8 @@ pub(crate) struct Program {
     /// Graph outputs.
     pub outputs: Vec<Port>,
     pub heap_slots: usize,
+    /// The experts that a store holds.
+    pub experts: Option<Arc<ExpertSet>>,
 }
 
 /// A value that crosses the border of the program.

@@ -7,9 +7,10 @@ use std::time::Instant;
 use lightering_graph::{Graph, Tensor, TensorType, ValueType};
 use lightering_kernels::ThreadPool;
 use lightering_meter::{MemoryPool, Reservation};
-use lightering_tier::{Arena, ArenaRead, ArenaWrite, ByteSource, release_freed_memory};
+use lightering_tier::{Arena, ArenaRead, ArenaWrite, ByteSource, ChunkStore, release_freed_memory};
 use lightering_units::{Bytes, Seconds};
 
+use crate::ExpertOptions;
 use crate::kernel::{Call, Kernel};
 use crate::loader::Loader;
 use crate::ops::{OpContext, TensorView, TensorViewMut};
@@ -95,6 +96,15 @@ pub struct SessionOptions {
     pub profile: bool,
     /// Classes of inputs whose leading dimension may be smaller than planned; see [`Session::run_rows`].
     pub rows: Vec<Vec<String>>,
+    /// How experts are kept and fetched that do not all fit into memory.
+    pub experts: ExpertOptions,
+}
+
+impl SessionOptions {
+    /// A plain session of this plan.
+    pub fn new(plan: PlanOptions) -> SessionOptions {
+        SessionOptions { plan, profile: false, rows: Vec::new(), experts: ExpertOptions::default() }
+    }
 }
 
 /// A planned graph with its arena allocated and its resident weights in place.
@@ -108,6 +118,7 @@ pub struct Session {
     memory: MemoryPool,
     profile: bool,
     rows: Rows,
+    experts: Option<ChunkStore>,
     /// Per instruction: the weights whose reading starts before it, and those that it needs.
     issue: Vec<Vec<usize>>,
     needed: Vec<Vec<usize>>,
@@ -169,8 +180,15 @@ impl Session {
         }
         let heap_dead = heap_lifetimes(&program);
         let rows = Rows::of(&program, &options.rows)?;
+        let experts = match &program.experts {
+            Some(set) => {
+                Some(set.open(&arena, &assignment.buffer_offset, loader.sources(), &options.experts)?)
+            }
+            None => None,
+        };
         Ok(Session {
             rows,
+            experts,
             program,
             layout: assignment,
             plan,
@@ -189,6 +207,11 @@ impl Session {
     /// The plan that this session keeps.
     pub fn plan(&self) -> &Plan {
         &self.plan
+    }
+
+    /// The store of experts, if they are not all in memory for good.
+    pub fn experts(&self) -> Option<&ChunkStore> {
+        self.experts.as_ref()
     }
 
     /// The pool that counts every large buffer.
@@ -285,6 +308,7 @@ impl Session {
         self.loader.begin_run(self.needed.iter().flatten().copied());
         let mut report = RunReport::default();
         let mut stall = 0.0;
+        let expert_stall = self.experts.as_ref().map_or(Seconds(0.0), |s| s.stats().stall);
         for i in 0..self.program.instructions.len() {
             for &w in &self.issue[i] {
                 self.loader.request(w);
@@ -327,6 +351,10 @@ impl Session {
                     fetch(&port.name, OutputView::Tensor(view))?;
                 }
             }
+        }
+        if let Some(store) = &self.experts {
+            store.end_step();
+            stall += (store.stats().stall - expert_stall).0;
         }
         report.stall = Seconds(stall);
         report.seconds = Seconds(start.elapsed().as_secs_f64());
@@ -447,6 +475,7 @@ impl Session {
             instruction,
             inputs: &inputs,
             stored: stored.map(|(s, source)| (s, &**source)),
+            experts: self.experts.as_ref(),
             threads: &self.threads,
             context: &self.context(),
         };

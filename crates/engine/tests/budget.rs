@@ -80,7 +80,7 @@ impl Net {
         let memory = MemoryPool::unbounded();
         prepare(&mut graph, &Bindings::default(), &sources, &memory, &PrepareOptions::default())?;
         let plan = PlanOptions { budget, threads, profile: MachineProfile::conservative() };
-        Session::new(&graph, sources, &SessionOptions { plan, profile: false, rows: Vec::new() })
+        Session::new(&graph, sources, &SessionOptions::new(plan))
     }
 }
 

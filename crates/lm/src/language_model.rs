@@ -3,8 +3,8 @@
 use std::sync::Arc;
 
 use lightering_engine::{
-    Bindings, EngineError, Feed, OutputView, Plan, PlanOptions, PrepareOptions, RuntimeValue, Session,
-    SessionOptions, plan_graph, prepare,
+    Bindings, EngineError, ExpertOptions, Feed, OutputView, Plan, PlanOptions, PrepareOptions, RuntimeValue,
+    Session, SessionOptions, plan_graph, prepare,
 };
 use lightering_formats::gguf::GgufFile;
 use lightering_graph::{DType, Graph, TensorType, ValueType};
@@ -93,13 +93,15 @@ impl Decoder {
     pub fn start(
         &self,
         options: &PlanOptions,
+        experts: &ExpertOptions,
         profile: bool,
     ) -> std::result::Result<LanguageModel, EngineError> {
         let tokens = [ports::TOKENS, ports::POSITIONS, ports::PAGES].map(str::to_owned).to_vec();
         let options = SessionOptions {
-            plan: options.clone(),
             profile,
             rows: vec![tokens, vec![ports::WANTED.to_owned()]],
+            experts: experts.clone(),
+            ..SessionOptions::new(options.clone())
         };
         let session = Session::new(&self.graph, vec![self.source.clone()], &options)?;
         Ok(LanguageModel {

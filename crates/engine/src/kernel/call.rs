@@ -5,11 +5,12 @@ use lightering_kernels::{
     conv2d, conv2d_bytes, dequantize_row, elementwise, gemm, gemm_bytes, global_average_pool, layer_norm,
     matmul, packed_bytes_len, pool2d, rms_norm, softmax,
 };
-use lightering_tier::ByteSource;
+use lightering_tier::{ByteSource, ChunkStore};
 use lightering_units::BlockFormat;
 
 use super::{Broadcast, Bytes8, ChainStep, Columns, Kernel};
 use crate::EngineError;
+use crate::experts::{self, ExpertWeights, ExpertsShape};
 use crate::ops::{self, OpContext, OpError, TensorView, TensorViewMut};
 use crate::program::Instruction;
 
@@ -19,6 +20,8 @@ pub(crate) struct Call<'a> {
     pub inputs: &'a [Option<TensorView<'a>>],
     /// The table of a [`Kernel::GatherStored`].
     pub stored: Option<(StoredTensor, &'a dyn ByteSource)>,
+    /// Where experts are that are not all in memory.
+    pub experts: Option<&'a ChunkStore>,
     pub threads: &'a ThreadPool,
     pub context: &'a OpContext<'a>,
 }
@@ -62,6 +65,7 @@ impl<'a> Call<'a> {
                 );
                 Ok(())
             }
+            Kernel::Experts { shape, group } => return self.experts(shape, *group, outputs, workspace),
             Kernel::BlockGatherStored { format } => return self.gather_blocks(*format, outputs, workspace),
             Kernel::Pool { shape, batch, kind } => return self.pool(shape, *batch, *kind, outputs),
             Kernel::GlobalAverage { batch, pixels, channels } => {
@@ -361,6 +365,32 @@ impl<'a> Call<'a> {
             pool2d(self.threads, shape, kind, image, c, first_row, target, c, rows.clone());
         }
         Ok(())
+    }
+
+    fn experts(
+        &self,
+        shape: &ExpertsShape,
+        group: Option<u32>,
+        outputs: &mut [Option<TensorViewMut<'_>>],
+        workspace: &mut [u8],
+    ) -> Result<(), EngineError> {
+        let (x, weights, y) = (self.f32(0)?, self.f32(2)?, self.result(outputs)?);
+        let bytes = |i: usize| match self.inputs.get(i) {
+            Some(Some(view)) => Ok(view.bytes),
+            _ => Err(self.missing("an operand")),
+        };
+        let source = match (group, self.experts) {
+            (Some(group), Some(store)) => ExpertWeights::Stored { store, group },
+            _ => ExpertWeights::Resident([bytes(3)?, bytes(4)?, bytes(5)?]),
+        };
+        let ids = bytemuck::cast_slice(bytes(1)?);
+        let scratch = bytemuck::cast_slice_mut(workspace);
+        experts::compute(self.threads, shape, &source, x, ids, weights, y, scratch).map_err(|e| match e {
+            EngineError::Tier(error) => {
+                EngineError::Experts { node: self.instruction.node.name.clone(), error }
+            }
+            other => other,
+        })
     }
 
     /// Rows of a table in blocks, each read from the store into the scratch and decoded from there.

@@ -16,6 +16,7 @@ use lightering_units::DType;
 
 use super::packing::{Packing, Scale};
 use super::{Broadcast, Bytes8, ChainStep, Columns, HeadPlaces, Kernel, MaskPlace, activation_of};
+use crate::experts::ExpertsShape;
 
 /// The choice for one node.
 pub(crate) struct Lowered {
@@ -185,6 +186,18 @@ fn lower_language(graph: &Graph, node: &Node, op: &LmOp, threads: usize) -> Lowe
     let kernel = match (op, f32_dims(graph, node, 0), types.get(1).and_then(|t| t.and_then(|t| t.dims()))) {
         (LmOp::BlockMatMul { format }, Some(x), Some(w)) => {
             Kernel::BlockMatMul { format: *format, k: x[1], n: w[0], columns: Columns::all(w[0]) }
+        }
+        (LmOp::Experts { formats, activation }, Some(x), _) => {
+            let dims = |i: usize| types.get(i).and_then(|t| t.and_then(|t| t.dims()));
+            match (dims(1), dims(3), activation_of(Some(activation))) {
+                (Some(ids), Some(gate), Some(activation)) => {
+                    let [count, hidden] = [gate[0], gate[1]];
+                    let shape = ExpertsShape { count, width: x[1], hidden, formats: *formats, activation };
+                    let workspace = shape.scratch_len(x[0], ids[1]) * size_of::<f32>();
+                    return Lowered { workspace, ..Lowered::generic(Kernel::Experts { shape, group: None }) };
+                }
+                _ => Kernel::Language,
+            }
         }
         _ => Kernel::Language,
     };

@@ -10,6 +10,7 @@ use std::sync::Arc;
 use lightering_kernels::{Activation, AttentionShape, Binary, ConvShape, HeadStrides, PoolKind, PoolShape};
 use lightering_units::BlockFormat;
 
+use crate::experts::ExpertsShape;
 pub(crate) use call::Call;
 pub(crate) use lower::{Lowered, absorbed_transposes, lower};
 pub(crate) use packing::{Packing, Scale};
@@ -44,6 +45,8 @@ pub(crate) enum Kernel {
     Chain { n: usize, steps: Vec<ChainStep> },
     /// Matrix product with weights in blocks, read where they lie: `[rows, k]` by `[n, k]`.
     BlockMatMul { format: BlockFormat, k: usize, n: usize, columns: Columns },
+    /// The experts of a layer; of the store's group, once they are in one.
+    Experts { shape: ExpertsShape, group: Option<u32> },
     /// Another operator of language models, row by row; see [`crate::ops`].
     Language,
     /// Rows of a table in blocks that stays in its store.
@@ -149,6 +152,7 @@ impl Kernel {
             Kernel::MatMul { .. } => "matmul packed",
             Kernel::BlockMatMul { .. } => "block matmul",
             Kernel::Language => "language",
+            Kernel::Experts { .. } => "experts",
             Kernel::BlockGatherStored { .. } => "gather from file",
             Kernel::Pool { .. } => "pool",
             Kernel::GlobalAverage { .. } => "global average",
@@ -176,7 +180,7 @@ impl Kernel {
             Kernel::Product { .. } | Kernel::Attention { .. } => 0.68,
             Kernel::ByteConv { shape, .. } if shape.is_depthwise() => 0.53,
             Kernel::ByteConv { .. } | Kernel::ByteMatMul { .. } => 1.7,
-            Kernel::BlockMatMul { .. } => 1.0,
+            Kernel::BlockMatMul { .. } | Kernel::Experts { .. } => 1.0,
             Kernel::Language => 0.3,
             Kernel::Chain { .. }
             | Kernel::Softmax { .. }
@@ -196,6 +200,7 @@ impl Kernel {
             Kernel::MatMul { .. }
             | Kernel::BlockMatMul { .. }
             | Kernel::Language
+            | Kernel::Experts { .. }
             | Kernel::BlockGatherStored { .. }
             | Kernel::Chain { .. }
             | Kernel::Activate { .. }

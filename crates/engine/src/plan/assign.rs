@@ -119,7 +119,8 @@ pub(crate) fn activation_requests(program: &Program) -> Vec<(Owner, Request)> {
         }
     }
     for (b, live) in live.iter_mut().enumerate() {
-        if program.buffers[b].kind == BufferKind::State && live.is_some() {
+        let kind = program.buffers[b].kind;
+        if kind == BufferKind::Experts || (kind == BufferKind::State && live.is_some()) {
             *live = Some((0, end));
         }
     }

@@ -22,6 +22,7 @@ use lightering_units::{Bytes, Flops, Seconds};
 use serde::{Deserialize, Serialize};
 
 use crate::EngineError;
+use crate::experts;
 use crate::kernel::{Kernel, Packing};
 use crate::program::{BufferKind, INLINE_MAX, Program, Storage, WeightOrigin, aligned};
 pub(crate) use assign::Assignment;
@@ -265,6 +266,22 @@ pub(crate) fn plan(mut program: Program, options: &PlanOptions) -> Result<Layout
             return Ok(finish(program, assignment, decisions, options, outside, &rates));
         }
     }
+    if experts::move_to_store(&mut program).is_some() {
+        // What the layers share is needed by every token, an expert only by those that are sent to it: the experts
+        // get what is left.
+        experts::set_slots(&mut program, experts::SLOTS_MIN);
+        let (total, slot) = program.experts.as_ref().map_or((0, 1), |set| (set.total(), set.slot_bytes));
+        let outside = outside_arena(&program);
+        let least = assign::resident(&program).placement.total;
+        if let Some(left) = budget.to_usize().checked_sub(least + outside) {
+            experts::set_slots(&mut program, total.min(experts::SLOTS_MIN + left / slot.max(1)));
+            let assignment = assign::resident(&program);
+            if assignment.placement.total + outside <= budget.to_usize() {
+                return Ok(finish(program, assignment, decisions, options, outside, &rates));
+            }
+            experts::set_slots(&mut program, experts::SLOTS_MIN);
+        }
+    }
     let found =
         fit(&program, budget, &rates).or_else(|shortage| shortage.look_further(&program, budget, &rates));
     let Fitting { program, assignment, decisions: more, outside } = found?;
@@ -444,6 +461,17 @@ fn finish(
             bytes: streamed,
             why: "do not fit beside the rest, so they are read at each run while earlier layers compute"
                 .to_owned(),
+        });
+    }
+    if let Some(set) = &program.experts {
+        decisions.push(Decision {
+            technique: "experts".to_owned(),
+            what: format!("{} of {} in {} layers", set.slots, set.total(), set.layers()),
+            bytes: Bytes((set.slots * set.slot_bytes) as u64),
+            why: format!(
+                "stay in memory; of {} in all, others are read when a router asks",
+                set.stored_bytes()
+            ),
         });
     }
     let by_row: Vec<&str> = program

@@ -16,6 +16,7 @@ fn colour(kind: BufferKind) -> &'static str {
     match kind {
         BufferKind::Input => "#4c9f70",
         BufferKind::Activation => "#4f81bd",
+        BufferKind::Experts => "#b0643a",
         BufferKind::State => "#2f7f86",
         BufferKind::Output => "#8064a2",
         BufferKind::Workspace => "#c0c0c0",
