@@ -30,7 +30,7 @@ use unpack::{SUPER, checked_row_bytes};
 const PAD: usize = 512;
 /// Output channels of one task; their weights stay in the second-level cache while rows of activations pass by.
 const CHANNELS: usize = 16;
-/// Rows of activations that share one pass over the weights.
+/// Rows of activations that share one pass over the weights in the plain code.
 const TILE: usize = 4;
 
 /// Quantised rows of activations: for each row, `padded` bytes, then a scale for each 32 (or 256) of them, then the
@@ -307,12 +307,12 @@ impl Part<'_> {
 /// Sum of 16 lanes, halving.
 #[inline(always)]
 fn sum16(lanes: &[f32; 16]) -> f32 {
-    sum8(&std::array::from_fn(|i| lanes[i] + lanes[i + 8]))
+    let eight: [f32; 8] = std::array::from_fn(|i| lanes[i] + lanes[i + 8]);
+    sum4(&std::array::from_fn(|i| eight[i] + eight[i + 4]))
 }
 
-/// Sum of 8 lanes, halving.
+/// Sum of 4 lanes, halving.
 #[inline(always)]
-fn sum8(lanes: &[f32; 8]) -> f32 {
-    let four: [f32; 4] = std::array::from_fn(|i| lanes[i] + lanes[i + 4]);
-    (four[0] + four[2]) + (four[1] + four[3])
+fn sum4(lanes: &[f32; 4]) -> f32 {
+    (lanes[0] + lanes[2]) + (lanes[1] + lanes[3])
 }

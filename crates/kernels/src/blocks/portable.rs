@@ -5,7 +5,7 @@ use std::any::TypeId;
 use lightering_units::BlockFormat;
 
 use super::unpack::{SuperBlock, half_to_f32, offset, unpack_small, unpack_super};
-use super::{Part, SUPER, TILE, sum8, sum16};
+use super::{Part, SUPER, TILE, sum4, sum16};
 #[cfg(target_arch = "x86_64")]
 use crate::arch::Avx2;
 use crate::arch::{Kernel, Simd};
@@ -94,43 +94,40 @@ fn small<S: Simd, const R: usize>(part: &Part<'_>, w: &[u8], row: usize) -> [f32
     let with_minimum = matches!(format, BlockFormat::Q4_1 | BlockFormat::Q5_1);
     let mut blocks = w.chunks_exact(format.block_bytes());
     let parts: [_; R] = std::array::from_fn(|r| part.activations.parts(row + r));
-    let mut acc = [[0f32; 16]; R];
-    let mut minima = [[0f32; 16]; R];
+    let mut acc = [[0f32; 4]; R];
+    let mut minima = [[0f32; 4]; R];
     for first in (0..part.activations.quantized.padded / 32).step_by(2) {
         let mut codes = [0i16; 64];
-        let mut scales = [0f32; 2];
+        let (mut scales, mut lows) = ([0f32; 2], [0f32; 2]);
         for b in 0..2 {
             let mut bytes = [0u8; 32];
             // What lies past the row has a scale of zero.
             let Some(block) = blocks.next() else { continue };
-            let (scale, minimum) = unpack_small(format, block, &mut bytes);
-            scales[b] = scale;
+            (scales[b], lows[b]) = unpack_small(format, block, &mut bytes);
             for i in 0..32 {
                 codes[32 * b + i] = i16::from(bytes[i]) - zero;
             }
-            if with_minimum {
-                for r in 0..R {
-                    let (_, d, sums) = parts[r];
-                    minima[r][(first + b) % 16] += (minimum * d[first + b]) * sums[first + b];
+        }
+        for r in 0..R {
+            let (a, d, group_sums) = parts[r];
+            let sums = dot::<S>(&codes, &a[32 * first..]);
+            for b in 0..2 {
+                let (sum, d) = (sums[8 * b..8 * b + 8].iter().sum::<i32>(), d[first + b]);
+                acc[r][(first + b) % 4] += sum as f32 * (scales[b] * d);
+                if with_minimum {
+                    minima[r][(first + b) % 4] += (lows[b] * d) * group_sums[first + b];
                 }
             }
         }
-        for r in 0..R {
-            let (a, d, _) = parts[r];
-            let sums = dot::<S>(&codes, &a[32 * first..]);
-            for l in 0..16 {
-                acc[r][l] += sums[l] as f32 * (scales[l / 8] * d[first + l / 8]);
-            }
-        }
     }
-    std::array::from_fn(|r| if with_minimum { sum16(&acc[r]) + sum16(&minima[r]) } else { sum16(&acc[r]) })
+    std::array::from_fn(|r| if with_minimum { sum4(&acc[r]) + sum4(&minima[r]) } else { sum4(&acc[r]) })
 }
 
 #[inline(always)]
 fn super_blocks<S: Simd, const R: usize>(part: &Part<'_>, w: &[u8], row: usize) -> [f32; R] {
     let parts: [_; R] = std::array::from_fn(|r| part.activations.parts(row + r));
-    let mut acc = [[0f32; 16]; R];
-    let mut minima = [[0f32; 8]; R];
+    let mut acc = [0f32; R];
+    let mut minima = [0f32; R];
     let mut b = SuperBlock::EMPTY;
     for (at, block) in w.chunks_exact(part.format.block_bytes()).enumerate() {
         unpack_super(part.format, block, &mut b);
@@ -149,18 +146,17 @@ fn super_blocks<S: Simd, const R: usize>(part: &Part<'_>, w: &[u8], row: usize) 
                     lanes[l] += sums[l] * i32::from(b.scales[4 * c + l / 4]);
                 }
             }
-            let (scale, minimum) = (b.scale * d[at], b.minimum * d[at]);
-            for l in 0..16 {
-                acc[r][l] += lanes[l] as f32 * scale;
+            let mut total: i32 = lanes.iter().sum();
+            let low: i32 = (0..16).map(|g| i32::from(b.minima[g]) * i32::from(group_sums[g])).sum();
+            if b.zero > 0 {
+                total -= low;
+            } else {
+                minima[r] += low as f32 * (b.minimum * d[at]);
             }
-            for l in 0..8 {
-                let pair = i32::from(b.minima[2 * l]) * i32::from(group_sums[2 * l])
-                    + i32::from(b.minima[2 * l + 1]) * i32::from(group_sums[2 * l + 1]);
-                minima[r][l] += pair as f32 * minimum;
-            }
+            acc[r] += total as f32 * (b.scale * d[at]);
         }
     }
-    std::array::from_fn(|r| sum16(&acc[r]) - sum8(&minima[r]))
+    std::array::from_fn(|r| if b.zero > 0 { acc[r] } else { acc[r] - minima[r] })
 }
 
 #[inline(always)]

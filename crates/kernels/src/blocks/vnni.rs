@@ -6,8 +6,13 @@ use std::sync::OnceLock;
 use lightering_units::BlockFormat;
 
 use super::unpack::{IQ4_NL_VALUES, MXFP4_VALUES, offset, six_bit_pairs, six_bit_scales};
-use super::{Part, SUPER, TILE};
+use super::{CHANNELS, Part, SUPER, TILE};
 use crate::arch::Avx512;
+
+/// Rows from which on the codes of several channels are brought side by side.
+const FEW_ROWS: usize = 4;
+/// Rows that share codes once unpacked.
+const SHARING: usize = 128;
 
 fn detected() -> bool {
     static DETECTED: OnceLock<bool> = OnceLock::new();
@@ -47,36 +52,32 @@ pub(super) fn run(part: &Part<'_>) -> bool {
     true
 }
 
-macro_rules! over_rows {
-    ($part:ident, $tile:ident, $format:ident) => {{
-        let rows = $part.activations.rows;
-        let mut row = 0;
-        while row + 2 * TILE <= rows {
-            // SAFETY: as the caller's.
-            unsafe { $tile::<$format, { 2 * TILE }>($part, row) };
-            row += 2 * TILE;
-        }
-        while row + TILE <= rows {
-            // SAFETY: as the caller's.
-            unsafe { $tile::<$format, TILE>($part, row) };
-            row += TILE;
-        }
-        while row < rows {
-            // SAFETY: as the caller's.
-            unsafe { $tile::<$format, 1>($part, row) };
-            row += 1;
-        }
-    }};
-}
-
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,f16c,avx2,fma")]
 unsafe fn small_rows<F: Small>(part: &Part<'_>) {
-    over_rows!(part, small, F)
+    // SAFETY: as the caller's.
+    unsafe {
+        if part.activations.rows >= FEW_ROWS {
+            many_small::<F>(part);
+        } else {
+            (0..part.activations.rows).for_each(|row| small::<F>(part, row));
+        }
+    }
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,f16c,avx2,fma")]
 unsafe fn super_rows<F: Super>(part: &Part<'_>) {
-    over_rows!(part, super_blocks, F)
+    // SAFETY: as the caller's.
+    unsafe {
+        if part.activations.rows >= FEW_ROWS {
+            many_super::<F>(part);
+        } else {
+            for row in 0..part.activations.rows {
+                for channel in (0..part.channels).step_by(4) {
+                    super_blocks::<F>(part, row, channel);
+                }
+            }
+        }
+    }
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,f16c,avx2,fma")]
@@ -237,88 +238,366 @@ unsafe fn half_powers_of_two(p: *const u8, stride: usize) -> __m512 {
     }
 }
 
-/// Adds sixteen blocks at `w` to the sums; `at` is the first of them.
+/// Sums of pairs of lanes: in each quarter, those of `a` and `b` in turns.
 #[inline(always)]
-unsafe fn sixteen<F: Small, const R: usize>(
-    w: *const u8,
-    at: usize,
-    parts: &[(*const i8, *const f32, *const f32); R],
-    acc: &mut [__m512; R],
-    minima: &mut [__m512; R],
-) {
+unsafe fn add_pairs(a: __m512i, b: __m512i) -> __m512i {
+    unsafe { _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b)) }
+}
+
+/// Sums of the quarters of four vectors, side by side.
+#[inline(always)]
+unsafe fn add_quarters(a: __m512i, b: __m512i, c: __m512i, d: __m512i) -> __m512i {
     unsafe {
-        let bytes = F::FORMAT.block_bytes();
-        let scales = if matches!(F::FORMAT, BlockFormat::MXFP4) {
-            half_powers_of_two(w, bytes)
-        } else {
-            halves(w, bytes)
-        };
-        let mut products = [_mm512_setzero_ps(); R];
-        for r in 0..R {
-            products[r] = _mm512_mul_ps(scales, _mm512_loadu_ps(parts[r].1.add(at)));
-        }
-        if F::MINIMUM {
-            let low = halves(w.add(2), bytes);
-            for r in 0..R {
-                let m = _mm512_mul_ps(low, _mm512_loadu_ps(parts[r].1.add(at)));
-                let m = _mm512_mul_ps(m, _mm512_loadu_ps(parts[r].2.add(at)));
-                minima[r] = _mm512_add_ps(minima[r], m);
-            }
-        }
-        let zero = _mm512_set1_epi8(offset(F::FORMAT) as i8);
-        let mut pair = _mm512_set_epi32(1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0);
-        for p in 0..8 {
-            let codes = F::codes(w.add(2 * p * bytes));
-            let signed = _mm512_sub_epi8(codes, zero);
-            let magnitudes = _mm512_abs_epi8(signed);
-            let negative = _mm512_movepi8_mask(signed);
-            for r in 0..R {
-                let a = _mm512_loadu_si512(parts[r].0.add(32 * at + 64 * p).cast());
-                let none = _mm512_setzero_si512();
-                // Both ways give the same integers; which one costs less depends on how often the codes are used.
-                let sums = if F::MINIMUM {
-                    _mm512_dpbusd_epi32(none, codes, a)
-                } else if R == 1 {
-                    _mm512_sub_epi32(_mm512_dpbusd_epi32(none, codes, a), _mm512_dpbusd_epi32(none, zero, a))
-                } else {
-                    _mm512_dpbusd_epi32(none, magnitudes, _mm512_mask_sub_epi8(a, negative, none, a))
-                };
-                let scale = _mm512_permutexvar_ps(pair, products[r]);
-                acc[r] = _mm512_add_ps(acc[r], _mm512_mul_ps(_mm512_cvtepi32_ps(sums), scale));
-            }
-            pair = _mm512_add_epi32(pair, _mm512_set1_epi32(2));
-        }
+        let (ab, cd) = (add_pairs(a, b), add_pairs(c, d));
+        _mm512_add_epi32(_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd))
+    }
+}
+
+/// Adds the quarters of `v` to `sums`, one after another.
+#[inline(always)]
+unsafe fn add_in_turn(sums: __m128, v: __m512) -> __m128 {
+    unsafe {
+        let sums = _mm_add_ps(sums, _mm512_castps512_ps128(v));
+        let sums = _mm_add_ps(sums, _mm512_extractf32x4_ps(v, 1));
+        let sums = _mm_add_ps(sums, _mm512_extractf32x4_ps(v, 2));
+        _mm_add_ps(sums, _mm512_extractf32x4_ps(v, 3))
     }
 }
 
 #[inline(always)]
-unsafe fn small<F: Small, const R: usize>(part: &Part<'_>, row: usize) {
+unsafe fn sum4(v: __m128) -> f32 {
+    unsafe {
+        let v = _mm_add_ps(v, _mm_movehl_ps(v, v));
+        _mm_cvtss_f32(_mm_add_ss(v, _mm_shuffle_ps(v, v, 1)))
+    }
+}
+
+/// Scales of sixteen blocks.
+#[inline(always)]
+unsafe fn block_scales<F: Small>(w: *const u8) -> __m512 {
+    unsafe {
+        if matches!(F::FORMAT, BlockFormat::MXFP4) {
+            half_powers_of_two(w, F::FORMAT.block_bytes())
+        } else {
+            halves(w, F::FORMAT.block_bytes())
+        }
+    }
+}
+
+/// Adds sixteen blocks at `w` to the sums; codes, scales and sums are those of the activations there.
+#[inline(always)]
+unsafe fn sixteen<F: Small>(
+    w: *const u8,
+    a: (*const i8, *const f32, *const f32),
+    acc: &mut __m128,
+    minima: &mut __m128,
+) {
+    unsafe {
+        let bytes = F::FORMAT.block_bytes();
+        let mut dots = [_mm512_setzero_si512(); 8];
+        for p in 0..8 {
+            let codes = F::codes(w.add(2 * p * bytes));
+            dots[p] = _mm512_dpbusd_epi32(dots[p], codes, _mm512_loadu_si512(a.0.add(64 * p).cast()));
+        }
+        let low = add_quarters(dots[0], dots[1], dots[2], dots[3]);
+        let high = add_quarters(dots[4], dots[5], dots[6], dots[7]);
+        // Quarters 0 and 1 are of the even, 2 and 3 of the odd blocks.
+        let sums = _mm512_add_epi32(
+            _mm512_shuffle_i32x4(low, high, 0b10_00_10_00),
+            _mm512_shuffle_i32x4(low, high, 0b11_01_11_01),
+        );
+        let order = _mm512_set_epi32(15, 11, 14, 10, 13, 9, 12, 8, 7, 3, 6, 2, 5, 1, 4, 0);
+        let sums = _mm512_cvtepi32_ps(_mm512_permutexvar_epi32(order, sums));
+        let (d, group_sums) = (_mm512_loadu_ps(a.1), _mm512_loadu_ps(a.2));
+        // Whole numbers below 2^24, so nothing is rounded.
+        let sums = _mm512_fnmadd_ps(_mm512_set1_ps(f32::from(offset(F::FORMAT))), group_sums, sums);
+        *acc = add_in_turn(*acc, _mm512_mul_ps(sums, _mm512_mul_ps(block_scales::<F>(w), d)));
+        if F::MINIMUM {
+            let m = _mm512_mul_ps(_mm512_mul_ps(halves(w.add(2), bytes), d), group_sums);
+            *minima = add_in_turn(*minima, m);
+        }
+    }
+}
+
+/// The products of one row.
+#[inline(always)]
+unsafe fn small<F: Small>(part: &Part<'_>, row: usize) {
     unsafe {
         let bytes = F::FORMAT.block_bytes();
         let blocks = part.row_bytes / bytes;
-        let parts: [_; R] = std::array::from_fn(|r| {
-            let (codes, scales, sums) = part.activations.parts(row + r);
-            (codes.as_ptr(), scales.as_ptr(), sums.as_ptr())
-        });
+        let (codes, scales, sums) = part.activations.parts(row);
+        let (codes, scales, sums) = (codes.as_ptr(), scales.as_ptr(), sums.as_ptr());
         for channel in 0..part.channels {
             let w = part.w.as_ptr().add(channel * part.row_bytes);
-            let mut acc = [_mm512_setzero_ps(); R];
+            let mut acc = _mm_setzero_ps();
             let mut minima = acc;
             let mut at = 0;
             while at + 16 <= blocks {
-                sixteen::<F, R>(w.add(at * bytes), at, &parts, &mut acc, &mut minima);
+                let a = (codes.add(32 * at), scales.add(at), sums.add(at));
+                sixteen::<F>(w.add(at * bytes), a, &mut acc, &mut minima);
                 at += 16;
             }
             if at < blocks {
-                // The rest of the row, with blocks behind it whose scale is zero as that of the activations there.
-                let mut rest = [0u8; 16 * 34];
-                let left = (blocks - at) * bytes;
-                std::ptr::copy_nonoverlapping(w.add(at * bytes), rest.as_mut_ptr(), left);
-                sixteen::<F, R>(rest.as_ptr(), at, &parts, &mut acc, &mut minima);
+                // The rest of the row, with blocks behind it that stand against activations of zero.
+                let rest = tail::<F>(w.add(at * bytes), blocks - at);
+                let a = (codes.add(32 * at), scales.add(at), sums.add(at));
+                sixteen::<F>(rest.as_ptr(), a, &mut acc, &mut minima);
             }
-            for r in 0..R {
-                let sum = sum16(acc[r]);
-                part.put(row + r, channel, if F::MINIMUM { sum + sum16(minima[r]) } else { sum });
+            part.put(row, channel, if F::MINIMUM { sum4(acc) + sum4(minima) } else { sum4(acc) });
+        }
+    }
+}
+
+/// Fewer than sixteen blocks, filled up with zeros.
+#[inline(always)]
+unsafe fn tail<F: Small>(w: *const u8, blocks: usize) -> [u8; 16 * 34] {
+    let mut rest = [0u8; 16 * 34];
+    unsafe { std::ptr::copy_nonoverlapping(w, rest.as_mut_ptr(), blocks * F::FORMAT.block_bytes()) };
+    rest
+}
+
+/// Transposes sixteen times sixteen words.
+#[inline(always)]
+unsafe fn transpose(v: &mut [__m512i; CHANNELS]) {
+    unsafe {
+        let mut t = *v;
+        for i in 0..8 {
+            t[2 * i] = _mm512_unpacklo_epi32(v[2 * i], v[2 * i + 1]);
+            t[2 * i + 1] = _mm512_unpackhi_epi32(v[2 * i], v[2 * i + 1]);
+        }
+        let mut u = t;
+        for i in (0..16).step_by(4) {
+            u[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+            u[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+            u[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+            u[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+        }
+        for c in 0..4 {
+            let a = _mm512_shuffle_i32x4(u[c], u[4 + c], 0x44);
+            let b = _mm512_shuffle_i32x4(u[c], u[4 + c], 0xee);
+            let d = _mm512_shuffle_i32x4(u[8 + c], u[12 + c], 0x44);
+            let e = _mm512_shuffle_i32x4(u[8 + c], u[12 + c], 0xee);
+            v[c] = _mm512_shuffle_i32x4(a, d, 0x88);
+            v[4 + c] = _mm512_shuffle_i32x4(a, d, 0xdd);
+            v[8 + c] = _mm512_shuffle_i32x4(b, e, 0x88);
+            v[12 + c] = _mm512_shuffle_i32x4(b, e, 0xdd);
+        }
+    }
+}
+
+/// A word of the activations in all lanes.
+#[inline(always)]
+unsafe fn word(p: *const i8) -> __m512i {
+    unsafe { _mm512_set1_epi32(p.cast::<i32>().read_unaligned()) }
+}
+
+/// A vector for each of the channels, in lanes.
+#[derive(Clone, Copy)]
+#[repr(C, align(64))]
+struct Lanes<T>([T; CHANNELS]);
+
+impl<T> Lanes<T> {
+    #[inline(always)]
+    unsafe fn load(&self) -> __m512i {
+        const { assert!(size_of::<T>() == 4) };
+        unsafe { _mm512_load_si512((&raw const *self).cast()) }
+    }
+    #[inline(always)]
+    unsafe fn load_ps(&self) -> __m512 {
+        unsafe { _mm512_castsi512_ps(self.load()) }
+    }
+    #[inline(always)]
+    unsafe fn store(&mut self, v: __m512i) {
+        const { assert!(size_of::<T>() == 4) };
+        unsafe { _mm512_store_si512((&raw mut *self).cast(), v) }
+    }
+}
+
+/// Sixteen blocks of sixteen channels side by side.
+struct SmallStrip {
+    /// Four codes of each channel, eight times for each block.
+    codes: [Lanes<[u8; 4]>; 128],
+    scales: [Lanes<f32>; 16],
+    minima: [Lanes<f32>; 16],
+}
+
+impl SmallStrip {
+    /// Unpacks up to `blocks` blocks from block `at` of each channel; the last channel stands in for missing ones.
+    #[inline(always)]
+    unsafe fn fill<F: Small>(&mut self, part: &Part<'_>, at: usize, blocks: usize) {
+        unsafe {
+            let bytes = F::FORMAT.block_bytes();
+            let mut from = [std::ptr::null(); CHANNELS];
+            for c in 0..CHANNELS {
+                let channel = c.min(part.channels - 1);
+                from[c] = part.w.as_ptr().add(channel * part.row_bytes + at * bytes);
+            }
+            let mut tails = [[0u8; 16 * 34]; CHANNELS];
+            if blocks < 16 {
+                for c in 0..CHANNELS {
+                    tails[c] = tail::<F>(from[c], blocks);
+                    from[c] = tails[c].as_ptr();
+                }
+            }
+            let mut v = [_mm512_setzero_si512(); CHANNELS];
+            for pair in 0..blocks.min(16).div_ceil(2) {
+                for c in 0..CHANNELS {
+                    v[c] = F::codes(from[c].add(2 * pair * bytes));
+                }
+                transpose(&mut v);
+                for c in 0..CHANNELS {
+                    self.codes[16 * pair + c].store(v[c]);
+                }
+            }
+            for c in 0..CHANNELS {
+                v[c] = _mm512_castps_si512(block_scales::<F>(from[c]));
+            }
+            transpose(&mut v);
+            for b in 0..16 {
+                self.scales[b].store(v[b]);
+            }
+            if F::MINIMUM {
+                for c in 0..CHANNELS {
+                    v[c] = _mm512_castps_si512(halves(from[c].add(2), bytes));
+                }
+                transpose(&mut v);
+                for b in 0..16 {
+                    self.minima[b].store(v[b]);
+                }
+            }
+        }
+    }
+
+    /// Adds the products of `R` rows with the first `blocks` blocks, which are block `at` of the row and the following
+    /// ones, to four sums of each row and channel: those of every fourth block. Behind them lie those of minima.
+    #[inline(always)]
+    unsafe fn multiply<F: Small, const R: usize>(
+        &self,
+        rows: *const (*const i8, *const f32, *const f32),
+        at: usize,
+        blocks: usize,
+        sums: *mut [Lanes<f32>; 8],
+    ) {
+        unsafe {
+            let zero = _mm512_set1_ps(f32::from(offset(F::FORMAT)));
+            for class in 0..4.min(blocks) {
+                let mut acc = [_mm512_setzero_ps(); R];
+                let mut low = acc;
+                if at > 0 {
+                    for r in 0..R {
+                        acc[r] = (&*sums.add(r))[class].load_ps();
+                        if F::MINIMUM {
+                            low[r] = (&*sums.add(r))[4 + class].load_ps();
+                        }
+                    }
+                }
+                for b in (class..blocks).step_by(4) {
+                    let mut dots = [_mm512_setzero_si512(); R];
+                    for j in 0..8 {
+                        let codes = self.codes[8 * b + j].load();
+                        for r in 0..R {
+                            let a = word((*rows.add(r)).0.add(32 * (at + b) + 4 * j));
+                            dots[r] = _mm512_dpbusd_epi32(dots[r], codes, a);
+                        }
+                    }
+                    let scales = self.scales[b].load_ps();
+                    for r in 0..R {
+                        let (_, d, group_sums) = *rows.add(r);
+                        let d = _mm512_set1_ps(*d.add(at + b));
+                        let group_sum = _mm512_set1_ps(*group_sums.add(at + b));
+                        let mut dot = _mm512_cvtepi32_ps(dots[r]);
+                        if offset(F::FORMAT) > 0 {
+                            dot = _mm512_fnmadd_ps(zero, group_sum, dot);
+                        }
+                        acc[r] = _mm512_add_ps(acc[r], _mm512_mul_ps(dot, _mm512_mul_ps(scales, d)));
+                        if F::MINIMUM {
+                            let m = _mm512_mul_ps(_mm512_mul_ps(self.minima[b].load_ps(), d), group_sum);
+                            low[r] = _mm512_add_ps(low[r], m);
+                        }
+                    }
+                }
+                for r in 0..R {
+                    (&mut *sums.add(r))[class].store(_mm512_castps_si512(acc[r]));
+                    if F::MINIMUM {
+                        (&mut *sums.add(r))[4 + class].store(_mm512_castps_si512(low[r]));
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Calls `tile` for runs of 8, 4, 2 and 1 rows.
+macro_rules! in_tiles {
+    ($rows:expr, |$row:ident, $R:ident| $tile:expr) => {{
+        let mut $row = 0;
+        in_tiles!(@ 8, $rows, $row, $R, $tile);
+        in_tiles!(@ 4, $rows, $row, $R, $tile);
+        in_tiles!(@ 2, $rows, $row, $R, $tile);
+        in_tiles!(@ 1, $rows, $row, $R, $tile);
+    }};
+    (@ $n:literal, $rows:expr, $row:ident, $R:ident, $tile:expr) => {
+        while $rows - $row >= $n {
+            const $R: usize = $n;
+            $tile;
+            $row += $n;
+        }
+    };
+}
+
+/// Where the activations of up to [`SHARING`] rows from `first` on lie.
+#[inline(always)]
+fn rows_of(part: &Part<'_>, first: usize) -> ([(*const i8, *const f32, *const f32); SHARING], usize) {
+    let rows = SHARING.min(part.activations.rows - first);
+    let mut at = [(std::ptr::null(), std::ptr::null(), std::ptr::null()); SHARING];
+    for r in 0..rows {
+        let (codes, scales, sums) = part.activations.parts(first + r);
+        at[r] = (codes.as_ptr(), scales.as_ptr(), sums.as_ptr());
+    }
+    (at, rows)
+}
+
+/// Stores a value for each channel of a row.
+#[inline(always)]
+unsafe fn put_all(part: &Part<'_>, row: usize, values: __m512) {
+    debug_assert!(row < part.activations.rows && part.channels <= CHANNELS);
+    unsafe {
+        let mask = ((1u32 << part.channels) - 1) as __mmask16;
+        _mm512_mask_storeu_ps(part.y.add(row * part.y_stride), mask, values);
+    }
+}
+
+/// The products of many rows: sixteen channels in the lanes of each vector, so that no sum runs across lanes.
+#[inline(always)]
+unsafe fn many_small<F: Small>(part: &Part<'_>) {
+    unsafe {
+        let blocks = part.row_bytes / F::FORMAT.block_bytes();
+        let mut strip = std::mem::MaybeUninit::<SmallStrip>::uninit();
+        // All bits are numbers; what is read was written before.
+        let strip = &mut *strip.as_mut_ptr();
+        let mut sums = std::mem::MaybeUninit::<[[Lanes<f32>; 8]; SHARING]>::uninit();
+        let sums = sums.as_mut_ptr().cast::<[Lanes<f32>; 8]>();
+        for first in (0..part.activations.rows).step_by(SHARING) {
+            let (at, rows) = rows_of(part, first);
+            for block in (0..blocks).step_by(16) {
+                let count = 16.min(blocks - block);
+                strip.fill::<F>(part, block, count);
+                in_tiles!(rows, |row, R| strip.multiply::<F, R>(
+                    at.as_ptr().add(row),
+                    block,
+                    count,
+                    sums.add(row)
+                ));
+            }
+            for row in 0..rows {
+                let sums = &*sums.add(row);
+                let class = |c: usize| if c % 4 < blocks { sums[c].load_ps() } else { _mm512_setzero_ps() };
+                let total = |from: usize| {
+                    let even = _mm512_add_ps(class(from), class(from + 2));
+                    _mm512_add_ps(even, _mm512_add_ps(class(from + 1), class(from + 3)))
+                };
+                let sum = if F::MINIMUM { _mm512_add_ps(total(0), total(4)) } else { total(0) };
+                put_all(part, first + row, sum);
             }
         }
     }
@@ -340,6 +619,8 @@ trait Super {
     const BYTES: usize;
     /// Scales are those of 32 elements.
     const PAIRED: bool;
+    /// Minima only stand for the code of zero, and have the scale of the block.
+    const SYMMETRIC: bool;
     /// Unpacks the block at `p`.
     unsafe fn unpack(p: *const u8) -> Unpacked;
 }
@@ -382,6 +663,7 @@ struct Q2K;
 impl Super for Q2K {
     const BYTES: usize = 84;
     const PAIRED: bool = false;
+    const SYMMETRIC: bool = false;
     #[inline(always)]
     unsafe fn unpack(p: *const u8) -> Unpacked {
         unsafe {
@@ -405,6 +687,7 @@ struct Q3K;
 impl Super for Q3K {
     const BYTES: usize = 110;
     const PAIRED: bool = false;
+    const SYMMETRIC: bool = true;
     #[inline(always)]
     unsafe fn unpack(p: *const u8) -> Unpacked {
         unsafe {
@@ -434,6 +717,7 @@ struct Q4K;
 impl Super for Q4K {
     const BYTES: usize = 144;
     const PAIRED: bool = true;
+    const SYMMETRIC: bool = false;
     #[inline(always)]
     unsafe fn unpack(p: *const u8) -> Unpacked {
         unsafe {
@@ -448,6 +732,7 @@ struct Q5K;
 impl Super for Q5K {
     const BYTES: usize = 176;
     const PAIRED: bool = true;
+    const SYMMETRIC: bool = false;
     #[inline(always)]
     unsafe fn unpack(p: *const u8) -> Unpacked {
         unsafe {
@@ -467,6 +752,7 @@ struct Q6K;
 impl Super for Q6K {
     const BYTES: usize = 210;
     const PAIRED: bool = false;
+    const SYMMETRIC: bool = true;
     #[inline(always)]
     unsafe fn unpack(p: *const u8) -> Unpacked {
         unsafe {
@@ -492,45 +778,204 @@ impl Super for Q6K {
     }
 }
 
+/// The products of one row with four channels.
 #[inline(always)]
-unsafe fn super_blocks<F: Super, const R: usize>(part: &Part<'_>, row: usize) {
+unsafe fn super_blocks<F: Super>(part: &Part<'_>, row: usize, channel: usize) {
     unsafe {
         let blocks = part.row_bytes / F::BYTES;
-        let parts: [(*const i8, *const f32, *const i16); R] = std::array::from_fn(|r| {
-            let (codes, scales, sums) = part.activations.parts(row + r);
-            (codes.as_ptr(), scales.as_ptr(), sums.as_ptr().cast())
-        });
+        let (codes, scales, group_sums) = part.activations.parts(row);
+        let (codes, scales, group_sums) =
+            (codes.as_ptr(), scales.as_ptr(), group_sums.as_ptr().cast::<i16>());
+        let mut w = [std::ptr::null(); 4];
+        for c in 0..4 {
+            w[c] = part.w.as_ptr().add((channel + c).min(part.channels - 1) * part.row_bytes);
+        }
+        let (mut acc, mut minima) = (_mm_setzero_ps(), _mm_setzero_ps());
+        for at in 0..blocks {
+            let mut sums = [_mm512_setzero_si512(); 4];
+            let (mut scale, mut minimum) = ([0f32; 4], [0f32; 4]);
+            let groups = _mm256_loadu_si256(group_sums.add(16 * at).cast());
+            for c in 0..4 {
+                let b = F::unpack(w[c].add(at * F::BYTES));
+                // Each scale as a word, twice.
+                let words = _mm512_or_si512(
+                    _mm512_slli_epi32(b.scales, 16),
+                    _mm512_and_si512(b.scales, _mm512_set1_epi32(0xffff)),
+                );
+                let mut sum = _mm512_setzero_si512();
+                for q in 0..4 {
+                    let a = _mm512_loadu_si512(codes.add(SUPER * at + 64 * q).cast());
+                    let pairs = _mm512_maddubs_epi16(b.codes[q], a);
+                    sum =
+                        _mm512_dpwssd_epi32(sum, pairs, _mm512_permutexvar_epi32(scale_index::<F>(q), words));
+                }
+                let low = _mm256_madd_epi16(b.minima, groups);
+                sums[c] = if F::SYMMETRIC {
+                    _mm512_sub_epi32(sum, _mm512_zextsi256_si512(low))
+                } else {
+                    let sum =
+                        _mm256_add_epi32(_mm512_castsi512_si256(sum), _mm512_extracti64x4_epi64(sum, 1));
+                    join(sum, low)
+                };
+                (scale[c], minimum[c]) = (b.scale, b.minimum);
+            }
+            let sums = add_quarters(sums[0], sums[1], sums[2], sums[3]);
+            let (q0, q1) = (_mm512_castsi512_si128(sums), _mm512_extracti32x4_epi32(sums, 1));
+            let (q2, q3) = (_mm512_extracti32x4_epi32(sums, 2), _mm512_extracti32x4_epi32(sums, 3));
+            let (low, high) = (_mm_add_epi32(q0, q1), _mm_add_epi32(q2, q3));
+            let d = _mm_set1_ps(*scales.add(at));
+            let scale = _mm_mul_ps(_mm_loadu_ps(scale.as_ptr()), d);
+            if F::SYMMETRIC {
+                let sum = _mm_cvtepi32_ps(_mm_add_epi32(low, high));
+                acc = _mm_add_ps(acc, _mm_mul_ps(sum, scale));
+            } else {
+                let minimum = _mm_mul_ps(_mm_loadu_ps(minimum.as_ptr()), d);
+                acc = _mm_add_ps(acc, _mm_mul_ps(_mm_cvtepi32_ps(low), scale));
+                minima = _mm_add_ps(minima, _mm_mul_ps(_mm_cvtepi32_ps(high), minimum));
+            }
+        }
+        let mut y = [0f32; 4];
+        _mm_storeu_ps(y.as_mut_ptr(), if F::SYMMETRIC { acc } else { _mm_sub_ps(acc, minima) });
+        for c in 0..4.min(part.channels - channel) {
+            part.put(row, channel + c, y[c]);
+        }
+    }
+}
+
+/// Which scales belong to the words of the codes from `64 * q` on.
+#[inline(always)]
+unsafe fn scale_index<F: Super>(q: usize) -> __m512i {
+    unsafe {
         let lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
         let (base, step) =
             if F::PAIRED { (_mm512_srli_epi32(lanes, 3), 2) } else { (_mm512_srli_epi32(lanes, 2), 4) };
-        for channel in 0..part.channels {
-            let w = part.w.as_ptr().add(channel * part.row_bytes);
-            let mut acc = [_mm512_setzero_ps(); R];
-            let mut minima = [_mm256_setzero_ps(); R];
-            for at in 0..blocks {
-                let b = F::unpack(w.add(at * F::BYTES));
-                let mut sums = [_mm512_setzero_si512(); R];
-                for c in 0..4 {
-                    let index = _mm512_add_epi32(base, _mm512_set1_epi32(step * c as i32));
-                    let scale = _mm512_permutexvar_epi32(index, b.scales);
+        _mm512_add_epi32(base, _mm512_set1_epi32(step * q as i32))
+    }
+}
+
+/// One block of 256 of sixteen channels side by side.
+struct SuperStrip {
+    /// Four codes of each channel.
+    codes: [Lanes<[u8; 4]>; 64],
+    scales: [Lanes<i32>; 16],
+    /// Minima of two groups.
+    minima: [Lanes<[i16; 2]>; 8],
+    scale: Lanes<f32>,
+    minimum: Lanes<f32>,
+}
+
+impl SuperStrip {
+    /// Unpacks block `at` of each channel; the last channel stands in for missing ones.
+    #[inline(always)]
+    unsafe fn fill<F: Super>(&mut self, part: &Part<'_>, at: usize) {
+        unsafe {
+            let mut codes = [[_mm512_setzero_si512(); CHANNELS]; 4];
+            let mut scales = [_mm512_setzero_si512(); CHANNELS];
+            let mut minima = scales;
+            for c in 0..CHANNELS {
+                let channel = c.min(part.channels - 1);
+                let b = F::unpack(part.w.as_ptr().add(channel * part.row_bytes + at * F::BYTES));
+                for q in 0..4 {
+                    codes[q][c] = b.codes[q];
+                }
+                scales[c] = b.scales;
+                minima[c] = _mm512_zextsi256_si512(b.minima);
+                (self.scale.0[c], self.minimum.0[c]) = (b.scale, b.minimum);
+            }
+            for q in 0..4 {
+                transpose(&mut codes[q]);
+                for c in 0..CHANNELS {
+                    self.codes[16 * q + c].store(codes[q][c]);
+                }
+            }
+            transpose(&mut scales);
+            transpose(&mut minima);
+            for c in 0..CHANNELS {
+                self.scales[c].store(scales[c]);
+            }
+            for c in 0..8 {
+                self.minima[c].store(minima[c]);
+            }
+        }
+    }
+
+    /// Adds the products of `R` rows with the block, which is block `at` of the row, to the sum of each row and channel;
+    /// behind it lies that of minima.
+    #[inline(always)]
+    unsafe fn multiply<F: Super, const R: usize>(
+        &self,
+        rows: *const (*const i8, *const f32, *const f32),
+        at: usize,
+        sums: *mut [Lanes<f32>; 2],
+    ) {
+        unsafe {
+            let groups = if F::PAIRED { 8 } else { 16 };
+            let words = 64 / groups;
+            let mut totals = [_mm512_setzero_si512(); R];
+            for g in 0..groups {
+                let mut dots = [_mm512_setzero_si512(); R];
+                for j in g * words..(g + 1) * words {
+                    let codes = self.codes[j].load();
                     for r in 0..R {
-                        let a = _mm512_loadu_si512(parts[r].0.add(SUPER * at + 64 * c).cast());
-                        let dot = _mm512_dpbusd_epi32(_mm512_setzero_si512(), b.codes[c], a);
-                        sums[r] = _mm512_add_epi32(sums[r], _mm512_mullo_epi32(dot, scale));
+                        let a = word((*rows.add(r)).0.add(SUPER * at + 4 * j));
+                        dots[r] = _mm512_dpbusd_epi32(dots[r], codes, a);
                     }
                 }
+                let scales = self.scales[g].load();
                 for r in 0..R {
-                    let d = *parts[r].1.add(at);
-                    let scale = _mm512_set1_ps(b.scale * d);
-                    acc[r] = _mm512_add_ps(acc[r], _mm512_mul_ps(_mm512_cvtepi32_ps(sums[r]), scale));
-                    let groups = _mm256_loadu_si256(parts[r].2.add(16 * at).cast());
-                    let low = _mm256_cvtepi32_ps(_mm256_madd_epi16(b.minima, groups));
-                    let low = _mm256_mul_ps(low, _mm256_set1_ps(b.minimum * d));
-                    minima[r] = _mm256_add_ps(minima[r], low);
+                    totals[r] = _mm512_add_epi32(totals[r], _mm512_mullo_epi32(dots[r], scales));
+                }
+            }
+            let mut lows = [_mm512_setzero_si512(); R];
+            for i in 0..8 {
+                let minima = self.minima[i].load();
+                for r in 0..R {
+                    let group_sums = word((*rows.add(r)).2.cast::<i8>().add(32 * at + 4 * i));
+                    lows[r] = _mm512_dpwssd_epi32(lows[r], minima, group_sums);
                 }
             }
             for r in 0..R {
-                part.put(row + r, channel, sum16(acc[r]) - sum8(minima[r]));
+                let sums = &mut *sums.add(r);
+                let d = _mm512_set1_ps(*(*rows.add(r)).1.add(at));
+                let scale = _mm512_mul_ps(self.scale.load_ps(), d);
+                let total = if F::SYMMETRIC { _mm512_sub_epi32(totals[r], lows[r]) } else { totals[r] };
+                let mut acc = if at > 0 { sums[0].load_ps() } else { _mm512_setzero_ps() };
+                acc = _mm512_add_ps(acc, _mm512_mul_ps(_mm512_cvtepi32_ps(total), scale));
+                sums[0].store(_mm512_castps_si512(acc));
+                if !F::SYMMETRIC {
+                    let minimum = _mm512_mul_ps(self.minimum.load_ps(), d);
+                    let mut low = if at > 0 { sums[1].load_ps() } else { _mm512_setzero_ps() };
+                    low = _mm512_add_ps(low, _mm512_mul_ps(_mm512_cvtepi32_ps(lows[r]), minimum));
+                    sums[1].store(_mm512_castps_si512(low));
+                }
+            }
+        }
+    }
+}
+
+/// As [`many_small`].
+#[inline(always)]
+unsafe fn many_super<F: Super>(part: &Part<'_>) {
+    unsafe {
+        let blocks = part.row_bytes / F::BYTES;
+        let mut strip = std::mem::MaybeUninit::<SuperStrip>::uninit();
+        // All bits are numbers; what is read was written before.
+        let strip = &mut *strip.as_mut_ptr();
+        let mut sums = std::mem::MaybeUninit::<[[Lanes<f32>; 2]; SHARING]>::uninit();
+        let sums = sums.as_mut_ptr().cast::<[Lanes<f32>; 2]>();
+        for first in (0..part.activations.rows).step_by(SHARING) {
+            let (at, rows) = rows_of(part, first);
+            for block in 0..blocks {
+                strip.fill::<F>(part, block);
+                in_tiles!(rows, |row, R| strip.multiply::<F, R>(at.as_ptr().add(row), block, sums.add(row)));
+            }
+            for row in 0..rows {
+                let sums = &*sums.add(row);
+                let mut sum = if blocks > 0 { sums[0].load_ps() } else { _mm512_setzero_ps() };
+                if !F::SYMMETRIC && blocks > 0 {
+                    sum = _mm512_sub_ps(sum, sums[1].load_ps());
+                }
+                put_all(part, first + row, sum);
             }
         }
     }
