@@ -328,6 +328,8 @@ pub struct TokenizeArguments {
 pub enum TierCommand {
     /// Run a trace again without its model: hit rate, bytes and stall for each policy and capacity
     Replay(TierReplayArguments),
+    /// Run a trace with real reads, and sleep in the place of computing: measured beside replayed
+    Live(TierLiveArguments),
     /// Show what is in a trace
     Inspect {
         /// The trace
@@ -379,9 +381,9 @@ fn parse_fraction(text: &str) -> Result<f64, String> {
     }
 }
 
-/// `lighter tier replay`
+/// Flags about policies, shared by `tier replay` and `tier live`.
 #[derive(Clone, Debug, Args)]
-pub struct TierReplayArguments {
+pub struct TierPolicyArguments {
     /// The trace
     #[arg(value_name = "TRACE", value_hint = ValueHint::FilePath)]
     pub trace: PathBuf,
@@ -402,6 +404,17 @@ pub struct TierReplayArguments {
     /// Chunks that fit, as a number or a share of all [default: those of the recorded store, else 50% and 25%]
     #[arg(long, value_name = "N|P%", value_delimiter = ',', value_parser = parse_capacity)]
     pub capacity: Vec<Capacity>,
+    /// Only the first steps of the trace
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+    pub steps: Option<u64>,
+}
+
+/// `lighter tier replay`
+#[derive(Clone, Debug, Args)]
+pub struct TierReplayArguments {
+    /// What is compared.
+    #[command(flatten)]
+    pub policies: TierPolicyArguments,
     /// Rate of the disk [default: that of random O_DIRECT reads in the machine profile]
     #[arg(long, value_name = "RATE", value_parser = parse_rate)]
     pub disk_rate: Option<BytesPerSecond>,
@@ -411,6 +424,29 @@ pub struct TierReplayArguments {
     /// Machine profile to take the rate from [default: what `lighter doctor` wrote]
     #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
     pub machine: Option<PathBuf>,
+}
+
+/// `lighter tier live`
+#[derive(Clone, Debug, Args)]
+pub struct TierLiveArguments {
+    /// What is compared.
+    #[command(flatten)]
+    pub policies: TierPolicyArguments,
+    /// A large file on the disk in question, whose bytes stand for the chunks
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
+    pub data: PathBuf,
+    /// Reads under way at the same time
+    #[arg(long, value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u32).range(1..=64))]
+    pub io_threads: u32,
+    /// Read through the page cache, dropping what was read, instead of past it
+    #[arg(long)]
+    pub buffered: bool,
+    /// Make the disk no faster than this, as a weaker disk would be
+    #[arg(long, value_name = "RATE", value_parser = parse_rate)]
+    pub disk_rate: Option<BytesPerSecond>,
+    /// Make each read take this much longer
+    #[arg(long, value_name = "TIME", default_value = "0", value_parser = parse_seconds)]
+    pub disk_latency: Seconds,
 }
 
 /// `lighter tier synth`

@@ -328,6 +328,25 @@ fn traces_are_made_inspected_and_replayed() {
         row.and_then(|r| r["hit_rate"].as_f64()).expect("a row")
     };
     assert!(hits("belady", 8) >= hits("lru", 8) && hits("lru", 32) > hits("lru", 8));
+    // The same with real reads: chunks of 5000 bytes from a file that holds twenty of them.
+    let small =
+        "tier synth s.trace --groups 2 --chunks 8 --per-step 2 --steps 9 --chunk-size 5000 --computing 0";
+    s.check(&small.split(' ').collect::<Vec<_>>(), 0, &[]);
+    s.write("data", vec![7u8; 100_000]);
+    let live = ["tier", "live", "s.trace", "--data", "data", "--capacity", "50%", "--policy", "lru"];
+    let report =
+        json(&s.check(&[&live[..], &["--prefetch", "none", "--json", "--steps", "8"]].concat(), 0, &[]));
+    assert_eq!(
+        (report["schema"].as_str(), report["steps"].as_u64()),
+        (Some("lightering.tier-live/1"), Some(8))
+    );
+    for row in report["rows"].as_array().expect("rows").iter().take(2) {
+        assert_eq!(row["live_hit_rate"], row["replayed"]["hit_rate"]);
+        assert_eq!(row["live"]["accesses"], 32);
+    }
+    s.check(&[&live[..], &["--buffered", "--disk-rate", "1GB/s"]].concat(), 0, &[]);
+    s.write("data", "small");
+    s.check(&live, 2, &["less than one chunk", "try: "]);
     s.check(&["tier", "replay", "t.trace", "--policy", "fifo"], 2, &["lru-global"]);
     s.check(&["tier", "replay", "t.trace", "--capacity", "0"], 2, &["25%"]);
     s.check(&["tier", "replay", "none.trace"], 2, &["none.trace"]);

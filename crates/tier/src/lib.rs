@@ -17,6 +17,7 @@ mod cache;
 mod chunk;
 mod code;
 mod direct;
+mod drive;
 mod error;
 pub mod policy;
 #[cfg(target_os = "linux")]
@@ -28,12 +29,14 @@ mod source;
 mod stats;
 mod store;
 mod synthetic;
+mod throttled;
 mod trace;
 
 pub use arena::{ARENA_ALIGNMENT, Arena, ArenaConflict, ArenaLease, ArenaRead, ArenaWrite};
 pub use chunk::{ChunkCatalog, ChunkId, EXTENT_ALIGNMENT, Extent};
 pub use code::make_code_resident;
 pub use direct::DirectFile;
+pub use drive::drive;
 pub use error::TierError;
 pub use release::{keep_heap_small, release_freed_memory};
 pub use replay::{DiskModel, ReplayReport, replay, replay_load_on_demand};
@@ -41,4 +44,5 @@ pub use source::{ByteSource, FileSource};
 pub use stats::{ChunkResidency, Residency, StoreStats};
 pub use store::{ChunkGuard, ChunkStore, IO_THREADS_MAX, StoreOptions, Urgency};
 pub use synthetic::SyntheticTrace;
+pub use throttled::ThrottledSource;
 pub use trace::{ChunkTrace, TRACE_MAX_BYTES, TraceHeader, TraceWriter, Turn};

@@ -328,6 +328,17 @@ impl ChunkTrace {
         self.steps
     }
 
+    /// The trace up to the end of its first `steps` steps.
+    pub fn truncated(mut self, steps: u64) -> ChunkTrace {
+        let turns = self.turns.partition_point(|turn| u64::from(turn.step) < steps);
+        if let Some(next) = self.turns.get(turns) {
+            self.uses.truncate(next.first as usize);
+            self.turns.truncate(turns);
+        }
+        self.steps = self.steps.min(steps);
+        self
+    }
+
     /// The file ended inside of a record.
     pub fn is_cut(&self) -> bool {
         self.cut
@@ -401,6 +412,10 @@ mod tests {
         assert_eq!((turn.step, turn.group, turn.computing), (1, 1, Seconds(1e-3)));
         assert_eq!(turn.uses, [Use { index: 1, score: 0.75 }, Use { index: 3, score: 0.25 }]);
         assert_eq!(trace.turn(5).uses, [Use { index: 299, score: 0.0 }]);
+        let first = trace.clone().truncated(1);
+        assert_eq!((first.steps(), first.turn_count(), first.use_count()), (1, 2, 3));
+        assert_eq!(first.turn(1), trace.turn(1));
+        assert_eq!(trace.clone().truncated(9), trace);
         // At its limit the trace ends with a whole record.
         let (short, result) = written(Bytes(bytes.len() as u64 - 2));
         assert!(result.unwrap_err().to_string().contains("limit"));

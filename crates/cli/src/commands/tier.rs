@@ -1,6 +1,8 @@
 //! `lighter tier`
 
-use crate::arguments::{Capacity, TierCommand, TierReplayArguments, TierSynthArguments};
+mod live;
+
+use crate::arguments::{Capacity, TierCommand, TierPolicyArguments, TierReplayArguments, TierSynthArguments};
 use crate::failure::{Exit, Failure, Outcome};
 use crate::model::load_profile;
 use crate::output::{Output, Table};
@@ -24,6 +26,7 @@ const HOTTEST_SHOWN: usize = 5;
 pub fn run(command: &TierCommand, output: Output) -> Outcome {
     match command {
         TierCommand::Replay(arguments) => replay_trace(arguments, output),
+        TierCommand::Live(arguments) => live::run(arguments, output),
         TierCommand::Inspect { trace } => inspect(trace, output),
         TierCommand::Synth(arguments) => synthesize(arguments, output),
     }
@@ -49,10 +52,58 @@ struct ReplayResult<'t> {
     rows: &'t [ReplayReport],
 }
 
-fn replay_trace(arguments: &TierReplayArguments, output: Output) -> Outcome {
-    let trace = Arc::new(open(&arguments.trace)?);
+/// The trace, or the first steps of it.
+fn trace_of(arguments: &TierPolicyArguments) -> Outcome<Arc<ChunkTrace>> {
+    let trace = open(&arguments.trace)?;
+    Ok(Arc::new(match arguments.steps {
+        Some(steps) => trace.truncated(steps),
+        None => trace,
+    }))
+}
+
+/// The capacities that are compared, in slots.
+fn capacities(arguments: &TierPolicyArguments, trace: &ChunkTrace) -> Vec<usize> {
     let header = trace.header();
     let chunks = header.chunks();
+    let capacities = match arguments.capacity.as_slice() {
+        [] if header.slots > 0 => &[Capacity::Slots(header.slots)][..],
+        [] => &[Capacity::Share(0.5), Capacity::Share(0.25)][..],
+        given => given,
+    };
+    let slots = |capacity: &Capacity| match *capacity {
+        Capacity::Slots(slots) => slots.min(chunks),
+        Capacity::Share(share) => ((chunks as f64 * share).round() as u64).max(1),
+    };
+    capacities.iter().map(|c| usize::try_from(slots(c)).unwrap_or(usize::MAX)).collect()
+}
+
+/// Eviction, predictor and admission of each row: what is wanted, and the controls: what nobody can beat without reading
+/// ahead, and what nobody can beat by prediction.
+fn combinations(arguments: &TierPolicyArguments) -> Vec<(&str, &str, &str)> {
+    let mut combinations: Vec<(&str, &str, &str)> = Vec::new();
+    for eviction in &arguments.policy {
+        for prefetch in &arguments.prefetch {
+            let admission = if prefetch == "none" { "never" } else { arguments.admission.as_str() };
+            combinations.push((eviction, prefetch, admission));
+        }
+    }
+    let first = arguments.policy.first().map_or("lru", String::as_str);
+    for control in [("belady", "none", "never"), (first, "oracle", "always")] {
+        if !combinations.contains(&control) {
+            combinations.push(control);
+        }
+    }
+    combinations
+}
+
+fn context_of(trace: &Arc<ChunkTrace>, slots: usize) -> PolicyContext {
+    let groups = trace.header().groups.iter().map(|g| g.0).collect();
+    PolicyContext { groups, slots, trace: Some(trace.clone()) }
+}
+
+fn replay_trace(arguments: &TierReplayArguments, output: Output) -> Outcome {
+    let trace = trace_of(&arguments.policies)?;
+    let header = trace.header();
     let rate = match arguments.disk_rate {
         Some(rate) => rate,
         None => {
@@ -67,47 +118,24 @@ fn replay_trace(arguments: &TierReplayArguments, output: Output) -> Outcome {
         }
     };
     let disk = DiskModel { rate, latency: arguments.disk_latency };
-    let capacities = match arguments.capacity.as_slice() {
-        [] if header.slots > 0 => &[Capacity::Slots(header.slots)][..],
-        [] => &[Capacity::Share(0.5), Capacity::Share(0.25)][..],
-        given => given,
-    };
     let mut rows = vec![replay_load_on_demand(&trace, disk)?];
-    let progress = output.progress(capacities.len() as u64);
-    for capacity in capacities {
-        let slots = match *capacity {
-            Capacity::Slots(slots) => slots.min(chunks),
-            Capacity::Share(share) => ((chunks as f64 * share).round() as u64).max(1),
-        };
-        let slots = usize::try_from(slots).unwrap_or(usize::MAX);
-        let groups = header.groups.iter().map(|g| g.0).collect();
-        let context = PolicyContext { groups, slots, trace: Some(trace.clone()) };
-        let mut combinations: Vec<(&str, &str, &str)> = Vec::new();
-        for eviction in &arguments.policy {
-            for prefetch in &arguments.prefetch {
-                let admission = if prefetch == "none" { "never" } else { arguments.admission.as_str() };
-                combinations.push((eviction, prefetch, admission));
-            }
-        }
-        // The controls: what nobody can beat without reading ahead, and what nobody can beat by prediction.
-        let first = arguments.policy.first().map_or("lru", String::as_str);
-        for control in [("belady", "none", "never"), (first, "oracle", "always")] {
-            if !combinations.contains(&control) {
-                combinations.push(control);
-            }
-        }
-        for (eviction, prefetch, admission) in combinations {
+    let combinations = combinations(&arguments.policies);
+    let capacities = capacities(&arguments.policies, &trace);
+    let progress = output.progress((capacities.len() * combinations.len()) as u64);
+    for slots in capacities {
+        let context = context_of(&trace, slots);
+        for (eviction, prefetch, admission) in &combinations {
             progress.set_message(format!("{eviction}, {prefetch}, {slots} slots"));
             let policies = PolicySet::named(eviction, prefetch, admission, &context)?;
             rows.push(replay(&trace, policies, slots, disk)?);
+            progress.inc(1);
         }
-        progress.inc(1);
     }
     progress.finish_and_clear();
     let result = ReplayResult {
         schema: "lightering.tier-replay/1",
-        trace: arguments.trace.display().to_string(),
-        chunks,
+        trace: arguments.policies.trace.display().to_string(),
+        chunks: header.chunks(),
         chunk_bytes: header.chunk_bytes,
         steps: trace.steps(),
         disk,
