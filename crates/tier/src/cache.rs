@@ -664,6 +664,11 @@ impl ChunkCache {
         Some(job)
     }
 
+    /// Something waits to be read, though perhaps without a slot.
+    pub fn has_work(&self) -> bool {
+        !self.pieces.is_empty() || !self.queue.is_empty()
+    }
+
     /// A piece has been read, or could not be.
     pub fn finish(&mut self, job: &Job, result: Result<(), TierError>, now: f64) {
         self.reading.leave(now);

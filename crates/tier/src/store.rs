@@ -143,6 +143,14 @@ impl Inner {
         self.started.elapsed().as_secs_f64()
     }
 
+    /// Wakes one reading thread if there is work; it wakes the next one when it has taken its own. Threads that are woken
+    /// for nothing would cost more than the chunks that are resident.
+    fn signal_work(&self, guarded: &Guarded) {
+        if guarded.cache.has_work() {
+            self.work.notify_one();
+        }
+    }
+
     fn wait<'a>(&self, signal: &Condvar, guarded: MutexGuard<'a, Guarded>) -> MutexGuard<'a, Guarded> {
         signal.wait(guarded).unwrap_or_else(PoisonError::into_inner)
     }
@@ -163,6 +171,7 @@ impl Inner {
                 guarded = self.wait(&self.work, guarded);
                 continue;
             };
+            self.signal_work(&guarded);
             drop(guarded);
             // A panic must reach those who wait for this chunk, or they would wait for ever.
             let result = catch_unwind(AssertUnwindSafe(|| self.read(&job))).unwrap_or_else(|_| {
@@ -325,7 +334,7 @@ impl ChunkStore {
             Urgency::Prefetch { score, at } => guarded.cache.prefetch(&Prediction { chunk, score, at })?,
         };
         if new {
-            self.inner.work.notify_one();
+            self.inner.signal_work(&guarded);
         }
         Ok(())
     }
@@ -337,7 +346,7 @@ impl ChunkStore {
     pub fn prefetch(&self, predictions: &[Prediction]) -> Result<(), TierError> {
         let mut guarded = self.inner.lock();
         let result = predictions.iter().try_for_each(|p| guarded.cache.prefetch(p).map(|_| ()));
-        self.inner.work.notify_all();
+        self.inner.signal_work(&guarded);
         result
     }
 
@@ -368,7 +377,7 @@ impl ChunkStore {
             recorder.end_turn(now, stall);
             recorder.turn = Some((group, uses.to_vec()));
         }
-        self.inner.work.notify_all();
+        self.inner.signal_work(&guarded);
         result
     }
 
@@ -381,7 +390,7 @@ impl ChunkStore {
         if let Some(recorder) = &mut guarded.recorder {
             recorder.end_step(now, stall);
         }
-        self.inner.work.notify_all();
+        self.inner.signal_work(&guarded);
     }
 
     /// Ends the trace, if one is being recorded, and says what went wrong with it: the run itself goes on when a trace
@@ -419,7 +428,7 @@ impl ChunkStore {
         let n = guarded.cache.number(chunk)?;
         let mut failure = None;
         if let Wanted::Pending(attempt) = guarded.cache.begin_want(n)? {
-            inner.work.notify_all();
+            inner.signal_work(&guarded);
             guarded.cache.begin_stall(inner.now());
             while guarded.cache.slot_of(n).is_none() {
                 failure = attempt.failure().cloned();
@@ -432,12 +441,11 @@ impl ChunkStore {
         }
         let slot = if failure.is_none() { guarded.cache.pin(n) } else { None };
         guarded.cache.end_want(n);
+        // What was promised to this one may serve another job.
+        inner.signal_work(&guarded);
         match (slot, failure) {
             (Some(slot), _) => self.guard(guarded, n, slot),
-            (None, Some(error)) => {
-                inner.work.notify_all();
-                Err(error)
-            }
+            (None, Some(error)) => Err(error),
             (None, None) => Err(TierError::Internal(format!("{chunk} left while it was waited for"))),
         }
     }
@@ -474,9 +482,7 @@ impl ChunkStore {
         let wanted = guarded.cache.begin_want_any(&numbers)?;
         let resident = |cache: &ChunkCache| numbers.iter().position(|&n| cache.slot_of(n).is_some());
         let mut found = resident(&guarded.cache);
-        if wanted.iter().any(|w| matches!(w, Wanted::Pending(_))) {
-            inner.work.notify_all();
-        }
+        inner.signal_work(&guarded);
         let mut failure = None;
         if found.is_none() {
             guarded.cache.begin_stall(inner.now());
@@ -499,6 +505,8 @@ impl ChunkStore {
             guarded.cache.end_stall(inner.now());
         }
         guarded.cache.end_want_any(&numbers);
+        // What was promised to this one may serve another job.
+        inner.signal_work(&guarded);
         match (found, failure) {
             (Some(position), _) => {
                 let n = numbers[position];
@@ -508,10 +516,7 @@ impl ChunkStore {
                 })?;
                 Ok((position, self.guard(guarded, n, slot)?))
             }
-            (None, Some(error)) => {
-                inner.work.notify_all();
-                Err(error)
-            }
+            (None, Some(error)) => Err(error),
             (None, None) => Err(TierError::Internal("the wait for chunks ended without one".to_owned())),
         }
     }
@@ -579,7 +584,8 @@ impl Drop for ChunkGuard {
     fn drop(&mut self) {
         // The loan ends before the slot may be filled again.
         self.loan = None;
-        self.inner.lock().cache.unpin(self.number);
-        self.inner.work.notify_all();
+        let mut guarded = self.inner.lock();
+        guarded.cache.unpin(self.number);
+        self.inner.signal_work(&guarded);
     }
 }

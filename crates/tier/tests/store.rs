@@ -6,7 +6,7 @@ use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 
-use lightering_tier::policy::{Position, Use};
+use lightering_tier::policy::{ADMISSIONS, EVICTIONS, PREDICTORS, PolicyContext, PolicySet, Position, Use};
 use lightering_tier::*;
 use lightering_units::Bytes;
 use proptest::prelude::*;
@@ -130,8 +130,68 @@ fn id_of(n: usize) -> ChunkId {
     ChunkId::new((n / PER_GROUP) as u32, (n % PER_GROUP) as u32)
 }
 
+/// Runs the scripts at the same time, each on a thread that keeps at most one guard; with `tight`, too few slots and
+/// failing reads are expected.
+fn run_scripts(store: &ChunkStore, layout: &[Vec<Extent>], scripts: &[Vec<Step>], tight: bool) {
+    fn fine<T>(result: Result<T, TierError>, tight: bool) -> Option<T> {
+        match result {
+            Ok(value) => Some(value),
+            Err(TierError::TooFewSlots { .. } | TierError::Read { .. }) if tight => None,
+            Err(error) => panic!("{error}"),
+        }
+    }
+    std::thread::scope(|s| {
+        for script in scripts {
+            s.spawn(move || {
+                let mut kept: Option<(usize, ChunkGuard)> = None;
+                for step in script {
+                    match step {
+                        Step::Request(n) => store.request(id_of(*n), Urgency::Demand).unwrap(),
+                        Step::Prefetch(n) => {
+                            let at = Position { step: 0, group: id_of(*n).group };
+                            store.request(id_of(*n), Urgency::Prefetch { score: 0.5, at }).unwrap();
+                        }
+                        Step::Cancel(n) => drop(store.cancel(id_of(*n)).unwrap()),
+                        Step::Acquire(n) => {
+                            if let Some(guard) = fine(store.acquire(id_of(*n)), tight) {
+                                assert_right(&guard, &layout[*n]);
+                                kept = Some((*n, guard));
+                            }
+                        }
+                        Step::Try(n) => {
+                            if let Some(Some(guard)) = fine(store.try_acquire(id_of(*n)), tight) {
+                                assert_right(&guard, &layout[*n]);
+                            }
+                        }
+                        Step::Any(list) => {
+                            let ids: Vec<_> = list.iter().map(|&n| id_of(n)).collect();
+                            if let Some((i, guard)) = fine(store.acquire_any(&ids), tight) {
+                                assert_right(&guard, &layout[list[i]]);
+                            }
+                        }
+                        Step::Used(list) => {
+                            let group = id_of(list[0]).group;
+                            let uses: Vec<Use> =
+                                list.iter().map(|&n| Use { index: id_of(n).index, score: 0.5 }).collect();
+                            store.used(group, &uses).unwrap();
+                        }
+                        Step::Drop => kept = None,
+                        Step::Over => store.end_step(),
+                    }
+                    if let Some((n, guard)) = &kept {
+                        assert_right(guard, &layout[*n]);
+                    }
+                    let inside =
+                        |r: &ChunkResidency| !matches!(r.residency, Residency::Absent | Residency::Queued);
+                    assert!(store.residency().iter().filter(|r| inside(r)).count() <= store.slots());
+                }
+            });
+        }
+    });
+}
+
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(60))]
+    #![proptest_config(ProptestConfig::with_cases(100))]
     #[test]
     fn any_interleaving_gives_the_right_bytes_within_the_slots(
         scripts in prop::collection::vec(prop::collection::vec(a_step(12), 1..40), 3),
@@ -164,57 +224,41 @@ proptest! {
         // Each of three threads holds at most one chunk while it waits for another.
         let slots = 6 + spare;
         let store = store(catalog, slots, io_threads);
-        std::thread::scope(|s| {
-            for script in &scripts {
-                let (store, layout) = (&store, &layout);
-                s.spawn(move || {
-                    let mut kept: Option<(usize, ChunkGuard)> = None;
-                    for step in script {
-                        match step {
-                            Step::Request(n) => store.request(id_of(*n), Urgency::Demand).unwrap(),
-                            Step::Prefetch(n) => {
-                                let at = Position { step: 0, group: id_of(*n).group };
-                                store.request(id_of(*n), Urgency::Prefetch { score: 0.5, at }).unwrap();
-                            }
-                            Step::Cancel(n) => drop(store.cancel(id_of(*n)).unwrap()),
-                            Step::Acquire(n) => {
-                                let guard = store.acquire(id_of(*n)).unwrap();
-                                assert_right(&guard, &layout[*n]);
-                                kept = Some((*n, guard));
-                            }
-                            Step::Try(n) => {
-                                if let Some(guard) = store.try_acquire(id_of(*n)).unwrap() {
-                                    assert_right(&guard, &layout[*n]);
-                                }
-                            }
-                            Step::Any(list) => {
-                                let ids: Vec<_> = list.iter().map(|&n| id_of(n)).collect();
-                                let (i, guard) = store.acquire_any(&ids).unwrap();
-                                assert_right(&guard, &layout[list[i]]);
-                            }
-                            Step::Used(list) => {
-                                let group = id_of(list[0]).group;
-                                let uses: Vec<Use> =
-                                    list.iter().map(|&n| Use { index: id_of(n).index, score: 0.5 }).collect();
-                                store.used(group, &uses).unwrap();
-                            }
-                            Step::Drop => kept = None,
-                            Step::Over => store.end_step(),
-                        }
-                        if let Some((n, guard)) = &kept {
-                            assert_right(guard, &layout[*n]);
-                        }
-                        let inside = |r: &ChunkResidency| {
-                            !matches!(r.residency, Residency::Absent | Residency::Queued)
-                        };
-                        assert!(store.residency().iter().filter(|r| inside(r)).count() <= slots);
-                    }
-                });
-            }
-        });
+        run_scripts(&store, &layout, &scripts, false);
         let stats = store.stats();
         prop_assert_eq!(stats.accesses, stats.hits + stats.late + stats.misses);
         prop_assert_eq!(stats.read_errors, 0);
+    }
+
+    #[test]
+    fn too_few_slots_and_failing_reads_end_in_errors_and_never_in_a_deadlock(
+        scripts in prop::collection::vec(prop::collection::vec(a_step(12), 1..60), 3),
+        slots in 1usize..5,
+        io_threads in 1usize..4,
+        bad in prop::collection::hash_set(0u64..12, 0..4),
+        policies in (0usize..3, 0usize..3, 0usize..3, 0usize..3),
+    ) {
+        let medium = Medium::of(12 * CHUNK);
+        medium.failing.lock().unwrap().extend(bad.iter().map(|n| n * CHUNK));
+        let layout: Vec<Vec<Extent>> = (0..12)
+            .map(|n| vec![Extent { source: 0, offset: n * CHUNK, size: Bytes(CHUNK) }])
+            .collect();
+        let catalog = simple(&medium, 3, 4);
+        let context = PolicyContext { groups: vec![0, 1, 2], slots, trace: None };
+        let (eviction, predictor, admission, lookahead) = policies;
+        let mut policies =
+            PolicySet::named(EVICTIONS[eviction], PREDICTORS[predictor], ADMISSIONS[admission], &context).unwrap();
+        policies.lookahead = lookahead;
+        let options = StoreOptions { io_threads, ..StoreOptions::from(policies) };
+        let region = catalog.region_bytes(slots);
+        let arena = Arc::new(Arena::new(region).unwrap());
+        let store = ChunkStore::new(catalog, &arena, 0..region.to_usize(), options).unwrap();
+        run_scripts(&store, &layout, &scripts, true);
+        // It lives on: every chunk can still be had, as soon as the medium is whole.
+        medium.failing.lock().unwrap().clear();
+        for (n, extents) in layout.iter().enumerate() {
+            assert_right(&store.acquire(id_of(n)).unwrap(), extents);
+        }
     }
 }
 
