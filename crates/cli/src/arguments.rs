@@ -1,11 +1,15 @@
 //! What can be typed. Each flag is declared once here; help, completions and the manual page are derived from it.
 
+mod language;
+
 use crate::output::Output;
 use clap::{Args, Parser, Subcommand, ValueHint};
 use clap_complete::Shell;
 use lightering_tier::policy::{ADMISSIONS, EVICTIONS, PREDICTORS};
 use lightering_units::{Bytes, BytesPerSecond, Seconds, Watts};
 use std::path::PathBuf;
+
+pub use language::{CacheFormatName, ChatArguments, DecoderArguments, ExpertArguments, GenerateArguments};
 
 /// Run AI models inside a memory budget that is planned, kept and proven.
 #[derive(Debug, Parser)]
@@ -51,6 +55,10 @@ pub enum Command {
     Plan(PlanArguments),
     /// Time a model: median and 95th percentile, predicted beside measured
     Bench(BenchArguments),
+    /// Continue a text with a language model, inside a budget
+    Generate(GenerateArguments),
+    /// Talk with a language model, inside a budget
+    Chat(ChatArguments),
     /// Turn text into the tokens of a language model, and tokens into text
     Tokenize(TokenizeArguments),
     /// Work with chunk traces: what a run needed of what does not fit, and what policies would make of it
@@ -239,12 +247,15 @@ pub struct InspectArguments {
 /// `lighter plan`
 #[derive(Clone, Debug, Args)]
 pub struct PlanArguments {
-    /// The model (.onnx)
+    /// The model (.onnx, or a language model as .gguf)
     #[arg(value_name = "MODEL", value_hint = ValueHint::FilePath)]
     pub model: PathBuf,
     /// What may be used.
     #[command(flatten)]
     pub resources: ResourceArguments,
+    /// How a language model (.gguf) is set up.
+    #[command(flatten)]
+    pub decoder: DecoderArguments,
     /// Draw the plan as a timeline: which tensor occupies which bytes when
     #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
     pub svg: Option<PathBuf>,
@@ -253,7 +264,7 @@ pub struct PlanArguments {
 /// `lighter bench`
 #[derive(Clone, Debug, Args)]
 pub struct BenchArguments {
-    /// The model (.onnx)
+    /// The model (.onnx, or a language model as .gguf)
     #[arg(value_name = "MODEL", value_hint = ValueHint::FilePath)]
     pub model: PathBuf,
     /// What goes in; an input without a file is filled with numbers from a fixed seed.
@@ -262,12 +273,24 @@ pub struct BenchArguments {
     /// What may be used.
     #[command(flatten)]
     pub resources: ResourceArguments,
-    /// Runs before the timed ones
-    #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u32).range(0..=100_000))]
-    pub warmup: u32,
-    /// Timed runs
-    #[arg(long, value_name = "N", default_value_t = 20, value_parser = clap::value_parser!(u32).range(1..=100_000))]
-    pub runs: u32,
+    /// How a language model (.gguf) is set up.
+    #[command(flatten)]
+    pub decoder: DecoderArguments,
+    /// Tokens of the prompt of a language model
+    #[arg(long, value_name = "N", default_value_t = 256, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+    pub prompt_tokens: u32,
+    /// Tokens of the answer of a language model
+    #[arg(long, value_name = "N", default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+    pub tokens: u32,
+    /// Text whose beginning is the prompt of a language model, instead of tokens at random
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
+    pub text: Option<PathBuf>,
+    /// Runs before the timed ones [default: 3, for a language model 1]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(0..=100_000))]
+    pub warmup: Option<u32>,
+    /// Timed runs [default: 20, for a language model 3]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=100_000))]
+    pub runs: Option<u32>,
     /// Print the time of every node, measured beside predicted
     #[arg(long)]
     pub profile: bool,

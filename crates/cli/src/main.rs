@@ -14,9 +14,11 @@ mod container;
 mod embedded;
 mod failure;
 mod fixed_cost;
+mod language;
 mod model;
 mod output;
 mod probe;
+mod text_input;
 mod usage;
 mod values;
 

@@ -235,17 +235,14 @@ impl Model {
         let bindings = self.bindings(dimensions, inputs);
         prepare(&mut self.graph, &bindings, &self.sources, means.pool, &PrepareOptions::default())?;
         release_freed_memory();
-        // What the readers and passes left on the heap is known only by measuring it; inputs are already counted.
         let inputs: Bytes = inputs.iter().map(|i| i.held.size()).sum();
-        let heap = means.baseline.anonymous_since().saturating_sub(inputs);
         let copies = self
             .graph
             .outputs
             .iter()
             .filter_map(|&v| self.graph.value(v).ty.tensor()?.size_bytes())
             .fold(Bytes::ZERO, |sum, size| sum + Bytes(size as u64));
-        let told = means.baseline.beyond_told_fixed_cost(means.profile);
-        Ok((self.graph, self.sources, heap + copies + uncounted(means) + told))
+        Ok((self.graph, self.sources, held_beside(means, inputs) + copies))
     }
 
     /// Adds the smallest budget that would do to the refusal of an input that did not even fit by itself.
@@ -293,37 +290,13 @@ impl Model {
         profile: bool,
     ) -> Outcome<Planned> {
         let from_file = self.from_file;
-        let (graph, sources, mut held) = self.prepared(dimensions, inputs, means)?;
+        let (graph, sources, held) = self.prepared(dimensions, inputs, means)?;
         let inputs: Bytes = inputs.iter().map(|i| i.held.size()).sum();
-        let limit = means.pool.limit();
-        let mut attempts = 0;
-        let session = loop {
-            attempts += 1;
-            let session = planned(means, held, |plan| {
-                Session::new(
-                    &graph,
-                    sources.clone(),
-                    &SessionOptions { profile, ..SessionOptions::new(plan.clone()) },
-                )
-            })?;
-            release_freed_memory();
-            let plan = session.plan();
-            // What came beside the arena is heap. A plan of many small steps may take more of it than was foreseen:
-            // then plan again in what is left.
-            let heap = means.baseline.anonymous_since().saturating_sub(inputs + plan.arena);
-            // Half of what is set aside for it may be in use before the run begins.
-            let expected = held + plan.outside_arena;
-            let excess = (heap + Bytes(uncounted(means).0 / 2)).saturating_sub(expected);
-            if limit.is_none() || excess == Bytes::ZERO {
-                break session;
-            }
-            if attempts == PLANS_MAX {
-                let enough = limit.unwrap_or_default() + excess * 2;
-                return Err(refused(means, enough, format!("keeping the plan in mind takes {excess} more")));
-            }
-            // A little more each time, because an attempt leaves some pages behind.
-            held += excess + LEFT_BY_ATTEMPT;
+        let start = |plan: &PlanOptions| {
+            let options = SessionOptions { profile, ..SessionOptions::new(plan.clone()) };
+            Session::new(&graph, sources.clone(), &options)
         };
+        let (session, held) = within_budget(means, held, inputs, start, Session::plan)?;
         drop(graph);
         release_freed_memory();
         let held = means.pool.reserve("graph, readers and copies of the outputs", held)?;
@@ -380,8 +353,49 @@ fn left_behind(means: Means<'_>, before: Bytes) -> Bytes {
     means.baseline.anonymous_since().saturating_sub(before)
 }
 
+/// What is held besides what a plan counts: what readers and passes left on the heap, which is known only by measuring
+/// it, and what nobody counts. Inputs are already counted.
+pub fn held_beside(means: Means<'_>, inputs: Bytes) -> Bytes {
+    let heap = means.baseline.anonymous_since().saturating_sub(inputs);
+    heap + uncounted(means) + means.baseline.beyond_told_fixed_cost(means.profile)
+}
+
+/// Plans and starts a session, and does so again in what is left where it took more heap than was foreseen; also tells
+/// what is held beside its plan.
+pub fn within_budget<S>(
+    means: Means<'_>,
+    mut held: Bytes,
+    inputs: Bytes,
+    start: impl Fn(&PlanOptions) -> Result<S, EngineError>,
+    plan_of: impl Fn(&S) -> &Plan,
+) -> Outcome<(S, Bytes)> {
+    let limit = means.pool.limit();
+    let mut attempts = 0;
+    loop {
+        attempts += 1;
+        let session = planned(means, held, &start)?;
+        release_freed_memory();
+        let plan = plan_of(&session);
+        // What came beside the arena is heap. A plan of many small steps may take more of it than was foreseen: then
+        // plan again in what is left.
+        let heap = means.baseline.anonymous_since().saturating_sub(inputs + plan.arena);
+        // Half of what is set aside for it may be in use before the run begins.
+        let expected = held + plan.outside_arena;
+        let excess = (heap + Bytes(uncounted(means).0 / 2)).saturating_sub(expected);
+        if limit.is_none() || excess == Bytes::ZERO {
+            return Ok((session, held));
+        }
+        if attempts == PLANS_MAX {
+            let enough = limit.unwrap_or_default() + excess * 2;
+            return Err(refused(means, enough, format!("keeping the plan in mind takes {excess} more")));
+        }
+        // A little more each time, because an attempt leaves some pages behind.
+        held += excess + LEFT_BY_ATTEMPT;
+    }
+}
+
 /// Plans with what is left of the budget, and tells a refusal in terms of the whole budget.
-fn planned<T>(
+pub fn planned<T>(
     means: Means<'_>,
     held: Bytes,
     plan: impl Fn(&PlanOptions) -> Result<T, EngineError>,
@@ -528,50 +542,50 @@ impl Planned {
 
     /// The planner's decisions as the receipt tells them.
     pub fn plan_summary(&self) -> PlanSummary {
-        let plan = self.session.plan();
-        let steps = |technique: &str| -> Vec<PlanStep> {
-            plan.decisions
-                .iter()
-                .filter(|d| d.technique == technique)
-                .map(|d| PlanStep { what: d.what.clone(), bytes: d.bytes, why: d.why.clone() })
-                .collect()
-        };
-        let why = steps("stream").first().map_or(String::new(), |step| step.why.clone());
-        let streamed: Vec<PlanStep> = plan
-            .weights
-            .iter()
-            .filter(|w| w.streamed_at.is_some())
-            .map(|w| PlanStep { what: w.name.clone(), bytes: w.stored, why: why.clone() })
-            .chain(steps("rows from the file"))
-            .collect();
-        let (split, recomputed) = (steps("stripes"), steps("recompute"));
-        let parts: Vec<&str> = [
-            (!streamed.is_empty(), "weights streamed"),
-            (!split.is_empty(), "layers split into stripes"),
-            (!recomputed.is_empty(), "tensors recomputed"),
-        ]
-        .into_iter()
-        .filter_map(|(used, name)| used.then_some(name))
-        .collect();
-        PlanSummary {
-            strategy: if parts.is_empty() { "resident".to_owned() } else { parts.join(", ") },
-            arena_bytes: plan.arena,
-            arena_lower_bound_bytes: plan.arena_lower_bound,
-            weights_resident_bytes: plan
-                .weights
-                .iter()
-                .filter(|w| w.streamed_at.is_none())
-                .map(|w| w.size)
-                .sum(),
-            peak_at: plan.instructions.get(plan.peak_at).map_or(String::new(), |i| i.name.clone()),
-            streamed,
-            split,
-            recomputed,
-        }
+        plan_summary(self.session.plan())
     }
 
     /// The time of every instruction over all profiled runs.
     pub fn node_times(&self) -> Vec<NodeTime> {
         self.times.clone()
+    }
+}
+
+/// A plan's decisions as the receipt tells them.
+pub fn plan_summary(plan: &Plan) -> PlanSummary {
+    let steps = |technique: &str| -> Vec<PlanStep> {
+        plan.decisions
+            .iter()
+            .filter(|d| d.technique == technique)
+            .map(|d| PlanStep { what: d.what.clone(), bytes: d.bytes, why: d.why.clone() })
+            .collect()
+    };
+    let why = steps("stream").first().map_or(String::new(), |step| step.why.clone());
+    let streamed: Vec<PlanStep> = plan
+        .weights
+        .iter()
+        .filter(|w| w.streamed_at.is_some())
+        .map(|w| PlanStep { what: w.name.clone(), bytes: w.stored, why: why.clone() })
+        .chain(steps("rows from the file"))
+        .collect();
+    let (split, recomputed) = (steps("stripes"), steps("recompute"));
+    let parts: Vec<&str> = [
+        (!streamed.is_empty(), "weights streamed"),
+        (plan.decisions.iter().any(|d| d.technique == "experts"), "experts on demand"),
+        (!split.is_empty(), "layers split into stripes"),
+        (!recomputed.is_empty(), "tensors recomputed"),
+    ]
+    .into_iter()
+    .filter_map(|(used, name)| used.then_some(name))
+    .collect();
+    PlanSummary {
+        strategy: if parts.is_empty() { "resident".to_owned() } else { parts.join(", ") },
+        arena_bytes: plan.arena,
+        arena_lower_bound_bytes: plan.arena_lower_bound,
+        weights_resident_bytes: plan.weights.iter().filter(|w| w.streamed_at.is_none()).map(|w| w.size).sum(),
+        peak_at: plan.instructions.get(plan.peak_at).map_or(String::new(), |i| i.name.clone()),
+        streamed,
+        split,
+        recomputed,
     }
 }

@@ -7,7 +7,7 @@ use lightering_engine::{
     Session, SessionOptions, plan_graph, prepare,
 };
 use lightering_formats::gguf::GgufFile;
-use lightering_graph::{DType, Graph, TensorType, ValueType};
+use lightering_graph::{DType, Graph, LmOp, Op, TensorType, ValueType};
 use lightering_meter::MemoryPool;
 use lightering_tier::ByteSource;
 
@@ -110,8 +110,33 @@ impl Decoder {
             parameters: self.parameters.clone(),
             options: self.options,
             instruction_seconds: Vec::new(),
+            weight_bytes: weight_bytes(&self.graph),
         })
     }
+}
+
+/// Bytes of the weights that one token passes.
+fn weight_bytes(graph: &Graph) -> lightering_units::Bytes {
+    let mut sum = 0;
+    for (_, node) in graph.iter_nodes() {
+        let Op::Lm(op) = &node.op else { continue };
+        let size = |i: usize| {
+            let ty = node.input(i).and_then(|v| graph.value(v).ty.tensor());
+            ty.and_then(TensorType::size_bytes).unwrap_or(0)
+        };
+        sum += match **op {
+            LmOp::BlockMatMul { .. } => size(1),
+            LmOp::Experts { .. } => {
+                let dims = |i: usize| node.input(i).and_then(|v| graph.value(v).ty.tensor()?.dims());
+                match (dims(1).as_deref(), dims(3).as_deref()) {
+                    (Some([_, used]), Some([count, ..])) => (3..6).map(|i| size(i) / count * used).sum(),
+                    _ => 0,
+                }
+            }
+            _ => 0,
+        };
+    }
+    lightering_units::Bytes(sum as u64)
 }
 
 /// A planned decoder with its cache and the weights that stay in memory.
@@ -121,6 +146,7 @@ pub struct LanguageModel {
     parameters: HyperParameters,
     options: DecoderOptions,
     instruction_seconds: Vec<f64>,
+    weight_bytes: lightering_units::Bytes,
 }
 
 /// The inputs of a step.
@@ -185,6 +211,11 @@ impl LanguageModel {
     /// Bytes read from the file so far.
     pub fn bytes_read(&self) -> lightering_units::Bytes {
         self.source.bytes_read()
+    }
+
+    /// Bytes of weights that one token passes on its way: all of the layers, of the experts only those that are used.
+    pub fn weight_bytes_per_token(&self) -> lightering_units::Bytes {
+        self.weight_bytes
     }
 
     /// Seconds of each instruction over all steps, in the plan's order; empty unless profiled.

@@ -50,6 +50,30 @@ impl StoreStats {
         self.hits as f64 / (self.accesses.max(1)) as f64
     }
 
+    /// What was done since `before`.
+    pub fn since(&self, before: &StoreStats) -> StoreStats {
+        StoreStats {
+            steps: self.steps - before.steps,
+            accesses: self.accesses - before.accesses,
+            hits: self.hits - before.hits,
+            late: self.late - before.late,
+            misses: self.misses - before.misses,
+            prefetches_issued: self.prefetches_issued - before.prefetches_issued,
+            prefetches_refused: self.prefetches_refused - before.prefetches_refused,
+            prefetches_cancelled: self.prefetches_cancelled - before.prefetches_cancelled,
+            prefetches_used: self.prefetches_used - before.prefetches_used,
+            prefetches_promoted: self.prefetches_promoted - before.prefetches_promoted,
+            prefetches_wasted: self.prefetches_wasted - before.prefetches_wasted,
+            evictions: self.evictions - before.evictions,
+            read_errors: self.read_errors - before.read_errors,
+            demand_bytes: self.demand_bytes - before.demand_bytes,
+            prefetch_bytes: self.prefetch_bytes - before.prefetch_bytes,
+            stall: self.stall - before.stall,
+            reading: self.reading - before.reading,
+            stalled_bytes: self.stalled_bytes - before.stalled_bytes,
+        }
+    }
+
     /// Bytes read for whatever reason.
     pub fn bytes_read(&self) -> Bytes {
         self.demand_bytes + self.prefetch_bytes

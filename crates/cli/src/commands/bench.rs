@@ -18,6 +18,10 @@ use std::fmt::Write as _;
 /// Largest input that is filled with generated numbers.
 const GENERATED_BYTES_MAX: Bytes = Bytes::mib(1024);
 
+/// Runs when nobody asks for a number.
+const RUNS_DEFAULT: u32 = 20;
+const WARMUP_DEFAULT: u32 = 3;
+
 /// `--json`
 #[derive(Debug, Serialize)]
 struct BenchReport {
@@ -57,15 +61,16 @@ pub fn run(arguments: &BenchArguments, output: Output) -> Outcome {
 
     // Before the first run, so that it is a prediction.
     let fixed_assumed = baseline.fixed_cost_assumed(&profile, source.embedded_bytes());
-    let progress = output.progress(u64::from(arguments.warmup) + u64::from(arguments.runs));
-    for _ in 0..arguments.warmup {
+    let (warmup, runs) = (arguments.warmup.unwrap_or(WARMUP_DEFAULT), arguments.runs.unwrap_or(RUNS_DEFAULT));
+    let progress = output.progress(u64::from(warmup) + u64::from(runs));
+    for _ in 0..warmup {
         session.run(&inputs)?;
         progress.inc(1);
     }
     let energy = EnergyMeter::start(arguments.receipt.energy_model.map(energy_model));
-    let mut seconds = Vec::with_capacity(arguments.runs as usize);
+    let mut seconds = Vec::with_capacity(runs as usize);
     let mut outputs = Vec::new();
-    for _ in 0..arguments.runs {
+    for _ in 0..runs {
         drop(std::mem::take(&mut outputs));
         let watch = Stopwatch::start();
         outputs = session.run(&inputs)?;
@@ -74,8 +79,8 @@ pub fn run(arguments: &BenchArguments, output: Output) -> Outcome {
     }
     let mut energy = energy.finish();
     if let Some(joules) = &mut energy.joules {
-        joules.0 /= f64::from(arguments.runs);
-        energy.method.push_str(&format!("; mean of {} runs", arguments.runs));
+        joules.0 /= f64::from(runs);
+        energy.method.push_str(&format!("; mean of {runs} runs"));
     }
     progress.finish_and_clear();
 
@@ -150,7 +155,7 @@ fn load_inputs(
 }
 
 /// The value below which the fraction `q` of sorted times lies (nearest rank).
-fn quantile(sorted: &[Seconds], q: f64) -> Seconds {
+pub fn quantile(sorted: &[Seconds], q: f64) -> Seconds {
     let rank = (q * sorted.len() as f64).ceil() as usize;
     sorted[rank.clamp(1, sorted.len()) - 1]
 }

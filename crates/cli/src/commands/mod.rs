@@ -1,19 +1,22 @@
 //! One file per command.
 
 mod bench;
+mod bench_language;
+mod chat;
 mod completions;
 mod conformance;
 mod demo;
 mod doctor;
+mod generate;
 mod inspect;
 mod man;
 mod plan;
 mod run;
-mod tier;
+pub mod tier;
 mod tokenize;
 
 use crate::arguments::{Arguments, Command};
-use crate::container::refuse_language_model;
+use crate::container::{Container, refuse_language_model};
 use crate::failure::Outcome;
 
 /// Runs the command that was typed.
@@ -26,14 +29,16 @@ pub fn run(arguments: Arguments) -> Outcome {
         }
         Command::Demo(arguments) => demo::run(&arguments, output),
         Command::Inspect(arguments) => inspect::run(&arguments, output),
-        Command::Plan(arguments) => {
-            refuse_language_model(&arguments.model, "plan")?;
-            plan::run(&arguments, output)
-        }
+        Command::Plan(arguments) => plan::run(&arguments, output),
         Command::Bench(arguments) => {
+            if Container::of(&arguments.model) == Container::Gguf {
+                return bench_language::run(&arguments, output);
+            }
             refuse_language_model(&arguments.model, "bench")?;
             bench::run(&arguments, output)
         }
+        Command::Generate(arguments) => generate::run(&arguments, output),
+        Command::Chat(arguments) => chat::run(&arguments, output),
         Command::Tokenize(arguments) => tokenize::run(&arguments, output),
         Command::Tier { command } => tier::run(&command, output),
         Command::Doctor(arguments) => doctor::run(&arguments, output),

@@ -32,7 +32,8 @@ pub fn run(command: &TierCommand, output: Output) -> Outcome {
     }
 }
 
-fn open(path: &Path) -> Outcome<ChunkTrace> {
+/// A recorded run.
+pub fn read_trace(path: &Path) -> Outcome<ChunkTrace> {
     ChunkTrace::open(path).map_err(|error| {
         Failure::from(error)
             .context(format!("{}: reading the chunk trace", path.display()))
@@ -54,7 +55,7 @@ struct ReplayResult<'t> {
 
 /// The trace, or the first steps of it.
 fn trace_of(arguments: &TierPolicyArguments) -> Outcome<Arc<ChunkTrace>> {
-    let trace = open(&arguments.trace)?;
+    let trace = read_trace(&arguments.trace)?;
     Ok(Arc::new(match arguments.steps {
         Some(steps) => trace.truncated(steps),
         None => trace,
@@ -235,7 +236,7 @@ struct HotChunk {
 }
 
 fn inspect(path: &Path, output: Output) -> Outcome {
-    let trace = open(path)?;
+    let trace = read_trace(path)?;
     let header = trace.header();
     let table = FrequencyTable::of(&trace);
     let ranked = table.ranked();

@@ -1,0 +1,170 @@
+//! The one place where the command line opens a language model inside a budget.
+
+use crate::arguments::{CacheFormatName, DecoderArguments, ExpertArguments};
+use crate::container::{Container, read_gguf};
+use crate::failure::{Failure, Outcome};
+use crate::model::{Means, held_beside, planned, within_budget};
+use lightering_engine::{ExpertOptions, Plan};
+use lightering_formats::gguf::Metadata;
+use lightering_graph::CacheFormat;
+use lightering_lm::{CacheOptions, Decoder, DecoderOptions, HyperParameters, LanguageModel, Tokenizer};
+use lightering_meter::Reservation;
+use lightering_tier::{ByteSource, ChunkTrace, DirectFile};
+use lightering_units::Bytes;
+use std::path::Path;
+use std::sync::Arc;
+
+/// Most positions of a sequence for which room is made when nobody asks for more.
+const CONTEXT_DEFAULT: usize = 4096;
+/// Positions of a page of the cache.
+const PAGE_LEN: usize = 32;
+/// What choosing a token takes for each token of the vocabulary: a copy of the logits, and candidates with theirs.
+const SAMPLING_BYTES_PER_TOKEN: u64 = 20;
+
+/// A language model that was read and not yet planned.
+pub struct LanguageFile {
+    decoder: Decoder,
+    experts: ExpertOptions,
+    source: Arc<dyn ByteSource>,
+    /// Its tokenizer.
+    pub tokenizer: Arc<Tokenizer>,
+    /// What its file says.
+    pub metadata: Metadata,
+    /// Sequences side by side.
+    parallel: usize,
+}
+
+/// A language model that is planned, loaded and ready.
+pub struct Language {
+    /// The model.
+    pub model: LanguageModel,
+    /// Its tokenizer.
+    pub tokenizer: Arc<Tokenizer>,
+    /// What its file says.
+    pub metadata: Metadata,
+    /// Where its weights are.
+    pub source: Arc<dyn ByteSource>,
+    /// What is held beside the plan.
+    pub held: Bytes,
+    _held: Reservation,
+}
+
+fn cache_format(name: CacheFormatName) -> CacheFormat {
+    match name {
+        CacheFormatName::F32 => CacheFormat::F32,
+        CacheFormatName::F16 => CacheFormat::F16,
+        CacheFormatName::Q8 => CacheFormat::Q8,
+    }
+}
+
+/// Most bytes of a recorded run that are read.
+fn expert_options(arguments: &ExpertArguments) -> Outcome<ExpertOptions> {
+    let recorded = match &arguments.recorded {
+        None => None,
+        Some(path) => Some(Arc::new(crate::commands::tier::read_trace(path)?)),
+    };
+    let trace: Option<lightering_engine::OpenTrace> = arguments.chunk_trace.clone().map(|path| {
+        let open = move || {
+            let file = std::fs::File::create(&path)
+                .map_err(|e| std::io::Error::new(e.kind(), format!("{}: {e}", path.display())))?;
+            Ok(Box::new(std::io::BufWriter::new(file)) as Box<dyn std::io::Write + Send>)
+        };
+        Arc::new(open) as lightering_engine::OpenTrace
+    });
+    Ok(ExpertOptions {
+        eviction: arguments.eviction.clone(),
+        prefetch: arguments.prefetch.clone(),
+        admission: arguments.admission.clone(),
+        io_threads: arguments.reads as usize,
+        trace,
+        recorded: recorded as Option<Arc<ChunkTrace>>,
+    })
+}
+
+/// What is needed of the metadata once there is a tokenizer: the chat template. The lists of tokens are large.
+fn what_is_left(metadata: &Metadata) -> Metadata {
+    let mut left = Metadata::default();
+    for (key, value) in metadata.iter().filter(|(key, _)| key.starts_with("tokenizer.chat_template")) {
+        left.set(key, value.clone());
+    }
+    left
+}
+
+impl LanguageFile {
+    /// Reads everything but the weights, for `parallel` sequences side by side.
+    pub fn open(path: &Path, arguments: &DecoderArguments, parallel: usize) -> Outcome<LanguageFile> {
+        let place = path.display();
+        if path.is_file() && Container::of(path) != Container::Gguf {
+            return Err(Failure::input(
+                format!("{place}: is no GGUF file; expected a language model (.gguf)"),
+                format!("lighter inspect {place}, which tells what it is"),
+            ));
+        }
+        let file = read_gguf(path)?;
+        let hint = format!("lighter inspect {place}, which lists what the file says about it");
+        let explained = |what: &str, error: lightering_lm::Error| {
+            Failure::from(error).context(format!("{place}: {what}")).or_hint(hint.clone())
+        };
+        let tokenizer =
+            Tokenizer::from_gguf(&file.metadata).map_err(|e| explained("preparing its tokenizer", e))?;
+        let source: Arc<dyn ByteSource> = Arc::new(DirectFile::open(path)?);
+        let parameters = HyperParameters::of(&file).map_err(|e| explained("reading its sizes", e))?;
+        let context = arguments.context.map_or(parameters.context.min(CONTEXT_DEFAULT), |c| c as usize);
+        let rows = (arguments.step_tokens as usize).max(parallel);
+        let cache = CacheOptions {
+            format: cache_format(arguments.cache),
+            page_len: PAGE_LEN,
+            pages: context.div_ceil(PAGE_LEN) * parallel,
+            context,
+        };
+        let options = DecoderOptions { cache, rows, wanted: parallel };
+        let decoder =
+            Decoder::new(&file, source.clone(), options).map_err(|e| explained("building its layers", e))?;
+        let experts = expert_options(&arguments.experts)?;
+        Ok(LanguageFile {
+            decoder,
+            experts,
+            source,
+            tokenizer: Arc::new(tokenizer),
+            metadata: what_is_left(&file.metadata),
+            parallel,
+        })
+    }
+
+    /// Its sizes.
+    pub fn parameters(&self) -> &HyperParameters {
+        self.decoder.parameters()
+    }
+
+    fn held(&self, means: Means<'_>) -> Bytes {
+        let sampling = self.parameters().vocabulary as u64 * SAMPLING_BYTES_PER_TOKEN;
+        held_beside(means, Bytes::ZERO) + Bytes(sampling * self.parallel as u64)
+    }
+
+    /// Plans without allocating.
+    pub fn plan(&self, means: Means<'_>) -> Outcome<Plan> {
+        planned(means, self.held(means), |options| self.decoder.plan(options))
+    }
+
+    /// Plans, allocates and loads what stays in memory.
+    pub fn start(self, means: Means<'_>, profile: bool) -> Outcome<Language> {
+        let held = self.held(means);
+        let (model, held) = within_budget(
+            means,
+            held,
+            Bytes::ZERO,
+            |options| self.decoder.start(options, &self.experts, profile),
+            LanguageModel::plan,
+        )?;
+        let held_before = means.pool.used() + held;
+        let reservation = means.pool.reserve("tokenizer, graph and the choice of tokens", held)?;
+        Ok(Language {
+            model,
+            tokenizer: self.tokenizer,
+            metadata: self.metadata,
+            source: self.source,
+            held: held_before,
+            _held: reservation,
+        })
+    }
+}
