@@ -232,10 +232,14 @@ impl<'a> BlockActivations<'a> {
         );
         let y = Shareable(y.as_mut_ptr());
         let isa = pool.isa();
-        pool.parallel_for(n.div_ceil(CHANNELS), &|task, _| {
-            let first = task * CHANNELS;
-            let channels = first..n.min(first + CHANNELS);
-            self.part(format, w, channels, y.get().wrapping_add(first), y_stride).run(isa);
+        let groups = n.div_ceil(CHANNELS);
+        let per_task = groups_per_task(pool, groups, CHANNELS * row_bytes * self.rows);
+        pool.parallel_for(groups.div_ceil(per_task), &|task, _| {
+            for group in task * per_task..groups.min((task + 1) * per_task) {
+                let first = group * CHANNELS;
+                let channels = first..n.min(first + CHANNELS);
+                self.part(format, w, channels, y.get().wrapping_add(first), y_stride).run(isa);
+            }
         });
     }
 
@@ -273,6 +277,13 @@ pub fn block_matmul(
     scratch: &mut [f32],
 ) {
     BlockActivations::new(pool, format, k, x, rows, scratch).matmul(pool, format, w, n, y, n);
+}
+
+/// How many of `groups` groups of channels make a task worth handing out, but enough tasks for all threads; `work` is
+/// that of a group, in bytes times rows.
+fn groups_per_task(pool: &ThreadPool, groups: usize, work: usize) -> usize {
+    const WORTH: usize = 64 << 10;
+    (WORTH / work.max(1)).min(groups / (4 * pool.threads())).max(1)
 }
 
 /// The product of all rows with a few channels.

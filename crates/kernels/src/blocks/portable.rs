@@ -126,8 +126,8 @@ fn small<S: Simd, const R: usize>(part: &Part<'_>, w: &[u8], row: usize) -> [f32
 #[inline(always)]
 fn super_blocks<S: Simd, const R: usize>(part: &Part<'_>, w: &[u8], row: usize) -> [f32; R] {
     let parts: [_; R] = std::array::from_fn(|r| part.activations.parts(row + r));
-    let mut acc = [0f32; R];
-    let mut minima = [0f32; R];
+    let mut acc = [[0f32; 4]; R];
+    let mut minima = [[0f32; 4]; R];
     let mut b = SuperBlock::EMPTY;
     for (at, block) in w.chunks_exact(part.format.block_bytes()).enumerate() {
         unpack_super(part.format, block, &mut b);
@@ -151,12 +151,12 @@ fn super_blocks<S: Simd, const R: usize>(part: &Part<'_>, w: &[u8], row: usize) 
             if b.zero > 0 {
                 total -= low;
             } else {
-                minima[r] += low as f32 * (b.minimum * d[at]);
+                minima[r][at % 4] += low as f32 * (b.minimum * d[at]);
             }
-            acc[r] += total as f32 * (b.scale * d[at]);
+            acc[r][at % 4] += total as f32 * (b.scale * d[at]);
         }
     }
-    std::array::from_fn(|r| if b.zero > 0 { acc[r] } else { acc[r] - minima[r] })
+    std::array::from_fn(|r| if b.zero > 0 { sum4(&acc[r]) } else { sum4(&acc[r]) - sum4(&minima[r]) })
 }
 
 #[inline(always)]

@@ -5,7 +5,7 @@ use std::sync::OnceLock;
 
 use lightering_units::BlockFormat;
 
-use super::unpack::{IQ4_NL_VALUES, MXFP4_VALUES, offset, six_bit_pairs, six_bit_scales};
+use super::unpack::{IQ4_NL_VALUES, MXFP4_VALUES, offset, six_bit_scales};
 use super::{CHANNELS, Part, SUPER, TILE};
 use crate::arch::Avx512;
 
@@ -71,11 +71,7 @@ unsafe fn super_rows<F: Super>(part: &Part<'_>) {
         if part.activations.rows >= FEW_ROWS {
             many_super::<F>(part);
         } else {
-            for row in 0..part.activations.rows {
-                for channel in (0..part.channels).step_by(4) {
-                    super_blocks::<F>(part, row, channel);
-                }
-            }
+            (0..part.activations.rows).for_each(|row| super_blocks::<F>(part, row));
         }
     }
 }
@@ -212,13 +208,33 @@ small_formats! {
     Mxfp4 = MXFP4, false, |p| looked_up(nibbles(p.add(1), p.add(18)), &MXFP4_VALUES, 12);
 }
 
-/// Sixteen f16 at a distance of `stride` bytes.
+/// Sixteen f16, the first words of as many blocks behind each other; blocks have whole words.
 #[inline(always)]
-unsafe fn halves(p: *const u8, stride: usize) -> __m512 {
+unsafe fn halves<F: Small>(p: *const u8) -> __m512 {
     unsafe {
-        let h = |i: usize| i64::from(p.add(i * stride).cast::<u16>().read_unaligned());
-        let quad = |i: usize| h(i) | h(i + 1) << 16 | h(i + 2) << 32 | h(i + 3) << 48;
-        _mm512_cvtph_ps(_mm256_set_epi64x(quad(12), quad(8), quad(4), quad(0)))
+        let words = F::FORMAT.block_bytes() / 2;
+        // Blocks whose first words lie within 64 words.
+        let together = 63 / words + 1;
+        let mut all = _mm512_setzero_si512();
+        let mut first = 0;
+        while first < 16 {
+            let end = 16.min(first + together);
+            let mut index = [0i16; 32];
+            for b in first..end {
+                index[b] = ((b - first) * words) as i16;
+            }
+            let p = p.add(first * 2 * words).cast::<i16>();
+            // Nothing behind the last of these words is read.
+            let needed = (end - first - 1) * words + 1;
+            let low = _mm512_maskz_loadu_epi16((!0u32) >> (32 - needed.min(32)), p);
+            let high =
+                if needed > 32 { _mm512_maskz_loadu_epi16((!0u32) >> (64 - needed), p.add(32)) } else { low };
+            let index = _mm512_loadu_si512(index.as_ptr().cast());
+            let mask = (1u32 << end) - (1u32 << first);
+            all = _mm512_or_si512(all, _mm512_maskz_permutex2var_epi16(mask, low, index, high));
+            first = end;
+        }
+        _mm512_cvtph_ps(_mm512_castsi512_si256(all))
     }
 }
 
@@ -279,7 +295,7 @@ unsafe fn block_scales<F: Small>(w: *const u8) -> __m512 {
         if matches!(F::FORMAT, BlockFormat::MXFP4) {
             half_powers_of_two(w, F::FORMAT.block_bytes())
         } else {
-            halves(w, F::FORMAT.block_bytes())
+            halves::<F>(w)
         }
     }
 }
@@ -313,7 +329,7 @@ unsafe fn sixteen<F: Small>(
         let sums = _mm512_fnmadd_ps(_mm512_set1_ps(f32::from(offset(F::FORMAT))), group_sums, sums);
         *acc = add_in_turn(*acc, _mm512_mul_ps(sums, _mm512_mul_ps(block_scales::<F>(w), d)));
         if F::MINIMUM {
-            let m = _mm512_mul_ps(_mm512_mul_ps(halves(w.add(2), bytes), d), group_sums);
+            let m = _mm512_mul_ps(_mm512_mul_ps(halves::<F>(w.add(2)), d), group_sums);
             *minima = add_in_turn(*minima, m);
         }
     }
@@ -458,7 +474,7 @@ impl SmallStrip {
             }
             if F::MINIMUM {
                 for c in 0..CHANNELS {
-                    v[c] = _mm512_castps_si512(halves(from[c].add(2), bytes));
+                    v[c] = _mm512_castps_si512(halves::<F>(from[c].add(2)));
                 }
                 transpose(&mut v);
                 for b in 0..16 {
@@ -567,6 +583,18 @@ unsafe fn put_all(part: &Part<'_>, row: usize, values: __m512) {
     }
 }
 
+/// The four sums from `from` on together; there are none for blocks that a row has not.
+#[inline(always)]
+unsafe fn total(sums: &[Lanes<f32>; 8], from: usize, blocks: usize) -> __m512 {
+    unsafe {
+        let mut v = [_mm512_setzero_ps(); 4];
+        for class in 0..4.min(blocks) {
+            v[class] = sums[from + class].load_ps();
+        }
+        _mm512_add_ps(_mm512_add_ps(v[0], v[2]), _mm512_add_ps(v[1], v[3]))
+    }
+}
+
 /// The products of many rows: sixteen channels in the lanes of each vector, so that no sum runs across lanes.
 #[inline(always)]
 unsafe fn many_small<F: Small>(part: &Part<'_>) {
@@ -591,12 +619,10 @@ unsafe fn many_small<F: Small>(part: &Part<'_>) {
             }
             for row in 0..rows {
                 let sums = &*sums.add(row);
-                let class = |c: usize| if c % 4 < blocks { sums[c].load_ps() } else { _mm512_setzero_ps() };
-                let total = |from: usize| {
-                    let even = _mm512_add_ps(class(from), class(from + 2));
-                    _mm512_add_ps(even, _mm512_add_ps(class(from + 1), class(from + 3)))
-                };
-                let sum = if F::MINIMUM { _mm512_add_ps(total(0), total(4)) } else { total(0) };
+                let mut sum = total(sums, 0, blocks);
+                if F::MINIMUM {
+                    sum = _mm512_add_ps(sum, total(sums, 4, blocks));
+                }
                 put_all(part, first + row, sum);
             }
         }
@@ -606,8 +632,8 @@ unsafe fn many_small<F: Small>(part: &Part<'_>) {
 /// A block of 256 in registers.
 struct Unpacked {
     codes: [__m512i; 4],
-    /// Scales of 16 groups; of 8 where `PAIRED`.
-    scales: __m512i,
+    /// Scales of 16 groups as words; of 8 where `PAIRED`.
+    scales: __m256i,
     /// Minima of 16 groups as words.
     minima: __m256i,
     scale: f32,
@@ -649,13 +675,19 @@ unsafe fn add_bits(codes: __m512i, bits: __m512i, c: usize, value: i8) -> __m512
     }
 }
 
+/// The scales of 8 groups, and the minima of 16, of Q4_K and Q5_K, as [`six_bit_pairs`](super::unpack::six_bit_pairs).
+/// 16 bytes are read.
 #[inline(always)]
-unsafe fn scale_pairs(p: *const u8) -> (__m512i, __m256i) {
+unsafe fn scale_pairs(p: *const u8) -> (__m256i, __m256i) {
     unsafe {
-        let pairs = six_bit_pairs(&*p.cast::<[u8; 12]>());
-        let pairs = _mm512_cvtepu8_epi32(_mm_loadu_si128(pairs.as_ptr().cast()));
-        let minima = _mm512_extracti64x4_epi64(pairs, 1);
-        (pairs, _mm256_or_si256(minima, _mm256_slli_epi32(minima, 16)))
+        let v = _mm_loadu_si128(p.cast());
+        let low = _mm_srlv_epi32(_mm_shuffle_epi32(v, 0b10_01_10_00), _mm_set_epi32(4, 0, 0, 0));
+        let low = _mm_and_si128(low, _mm_set_epi32(0x0f0f_0f0f, 0x3f3f_3f3f, 0x0f0f_0f0f, 0x3f3f_3f3f));
+        let high = _mm_srli_epi32(_mm_shuffle_epi32(v, 0b01_01_00_00), 2);
+        let high = _mm_and_si128(high, _mm_set_epi32(0x3030_3030, 0, 0x3030_3030, 0));
+        let pairs = _mm256_cvtepu8_epi16(_mm_or_si128(low, high));
+        let twice = _mm256_set_epi16(15, 15, 14, 14, 13, 13, 12, 12, 11, 11, 10, 10, 9, 9, 8, 8);
+        (pairs, _mm256_permutexvar_epi16(twice, pairs))
     }
 }
 
@@ -674,7 +706,7 @@ impl Super for Q2K {
             let low = _mm_set1_epi8(15);
             Unpacked {
                 codes,
-                scales: _mm512_cvtepu8_epi32(_mm_and_si128(packed, low)),
+                scales: _mm256_cvtepu8_epi16(_mm_and_si128(packed, low)),
                 minima: _mm256_cvtepu8_epi16(_mm_and_si128(_mm_srli_epi16(packed, 4), low)),
                 scale: half(p.add(80)),
                 minimum: half(p.add(82)),
@@ -704,7 +736,7 @@ impl Super for Q3K {
             let scale = half(p.add(108));
             Unpacked {
                 codes,
-                scales: _mm512_cvtepi8_epi32(scales),
+                scales: _mm256_cvtepi8_epi16(scales),
                 minima: _mm256_slli_epi16(_mm256_cvtepi8_epi16(scales), 2),
                 scale,
                 minimum: scale,
@@ -769,7 +801,7 @@ impl Super for Q6K {
             let scale = half(p.add(208));
             Unpacked {
                 codes,
-                scales: _mm512_cvtepi8_epi32(scales),
+                scales: _mm256_cvtepi8_epi16(scales),
                 minima: _mm256_slli_epi16(_mm256_cvtepi8_epi16(scales), 5),
                 scale,
                 minimum: scale,
@@ -778,79 +810,90 @@ impl Super for Q6K {
     }
 }
 
-/// The products of one row with four channels.
+/// The products of one row.
 #[inline(always)]
-unsafe fn super_blocks<F: Super>(part: &Part<'_>, row: usize, channel: usize) {
+unsafe fn super_blocks<F: Super>(part: &Part<'_>, row: usize) {
     unsafe {
         let blocks = part.row_bytes / F::BYTES;
         let (codes, scales, group_sums) = part.activations.parts(row);
         let (codes, scales, group_sums) =
             (codes.as_ptr(), scales.as_ptr(), group_sums.as_ptr().cast::<i16>());
-        let mut w = [std::ptr::null(); 4];
-        for c in 0..4 {
-            w[c] = part.w.as_ptr().add((channel + c).min(part.channels - 1) * part.row_bytes);
-        }
-        let (mut acc, mut minima) = (_mm_setzero_ps(), _mm_setzero_ps());
-        for at in 0..blocks {
-            let mut sums = [_mm512_setzero_si512(); 4];
-            let (mut scale, mut minimum) = ([0f32; 4], [0f32; 4]);
-            let groups = _mm256_loadu_si256(group_sums.add(16 * at).cast());
-            for c in 0..4 {
-                let b = F::unpack(w[c].add(at * F::BYTES));
-                // Each scale as a word, twice.
-                let words = _mm512_or_si512(
-                    _mm512_slli_epi32(b.scales, 16),
-                    _mm512_and_si512(b.scales, _mm512_set1_epi32(0xffff)),
-                );
-                let mut sum = _mm512_setzero_si512();
-                for q in 0..4 {
-                    let a = _mm512_loadu_si512(codes.add(SUPER * at + 64 * q).cast());
-                    let pairs = _mm512_maddubs_epi16(b.codes[q], a);
-                    sum =
-                        _mm512_dpwssd_epi32(sum, pairs, _mm512_permutexvar_epi32(scale_index::<F>(q), words));
-                }
-                let low = _mm256_madd_epi16(b.minima, groups);
-                sums[c] = if F::SYMMETRIC {
-                    _mm512_sub_epi32(sum, _mm512_zextsi256_si512(low))
-                } else {
-                    let sum =
-                        _mm256_add_epi32(_mm512_castsi512_si256(sum), _mm512_extracti64x4_epi64(sum, 1));
-                    join(sum, low)
-                };
-                (scale[c], minimum[c]) = (b.scale, b.minimum);
+        for channel in 0..part.channels {
+            let w = part.w.as_ptr().add(channel * part.row_bytes);
+            let (mut acc, mut minima) = (_mm_setzero_ps(), _mm_setzero_ps());
+            let mut at = 0;
+            while at + 4 <= blocks {
+                let a = (codes.add(SUPER * at), scales.add(at), group_sums.add(16 * at));
+                four::<F>(w.add(at * F::BYTES), 4, a, &mut acc, &mut minima);
+                at += 4;
             }
-            let sums = add_quarters(sums[0], sums[1], sums[2], sums[3]);
-            let (q0, q1) = (_mm512_castsi512_si128(sums), _mm512_extracti32x4_epi32(sums, 1));
-            let (q2, q3) = (_mm512_extracti32x4_epi32(sums, 2), _mm512_extracti32x4_epi32(sums, 3));
-            let (low, high) = (_mm_add_epi32(q0, q1), _mm_add_epi32(q2, q3));
-            let d = _mm_set1_ps(*scales.add(at));
-            let scale = _mm_mul_ps(_mm_loadu_ps(scale.as_ptr()), d);
-            if F::SYMMETRIC {
-                let sum = _mm_cvtepi32_ps(_mm_add_epi32(low, high));
-                acc = _mm_add_ps(acc, _mm_mul_ps(sum, scale));
-            } else {
-                let minimum = _mm_mul_ps(_mm_loadu_ps(minimum.as_ptr()), d);
-                acc = _mm_add_ps(acc, _mm_mul_ps(_mm_cvtepi32_ps(low), scale));
-                minima = _mm_add_ps(minima, _mm_mul_ps(_mm_cvtepi32_ps(high), minimum));
+            if at < blocks {
+                let a = (codes.add(SUPER * at), scales.add(at), group_sums.add(16 * at));
+                four::<F>(w.add(at * F::BYTES), blocks - at, a, &mut acc, &mut minima);
             }
-        }
-        let mut y = [0f32; 4];
-        _mm_storeu_ps(y.as_mut_ptr(), if F::SYMMETRIC { acc } else { _mm_sub_ps(acc, minima) });
-        for c in 0..4.min(part.channels - channel) {
-            part.put(row, channel + c, y[c]);
+            let sum = sum4(acc);
+            part.put(row, channel, if F::SYMMETRIC { sum } else { sum - sum4(minima) });
         }
     }
 }
 
-/// Which scales belong to the words of the codes from `64 * q` on.
+/// Adds up to four blocks at `w` to the sums; codes, scales and sums are those of the activations there.
+#[inline(always)]
+unsafe fn four<F: Super>(
+    w: *const u8,
+    blocks: usize,
+    a: (*const i8, *const f32, *const i16),
+    acc: &mut __m128,
+    minima: &mut __m128,
+) {
+    unsafe {
+        let mut sums = [_mm512_setzero_si512(); 4];
+        let (mut scale, mut minimum) = ([0f32; 4], [0f32; 4]);
+        for at in 0..blocks {
+            let b = F::unpack(w.add(at * F::BYTES));
+            let words = _mm512_castsi256_si512(b.scales);
+            let mut sum = _mm512_setzero_si512();
+            for q in 0..4 {
+                let codes = _mm512_loadu_si512(a.0.add(SUPER * at + 64 * q).cast());
+                let pairs = _mm512_maddubs_epi16(b.codes[q], codes);
+                sum = _mm512_dpwssd_epi32(sum, pairs, _mm512_permutexvar_epi16(scale_index::<F>(q), words));
+            }
+            let low = _mm256_madd_epi16(b.minima, _mm256_loadu_si256(a.2.add(16 * at).cast()));
+            sums[at] = if F::SYMMETRIC {
+                _mm512_sub_epi32(sum, _mm512_zextsi256_si512(low))
+            } else {
+                let sum = _mm256_add_epi32(_mm512_castsi512_si256(sum), _mm512_extracti64x4_epi64(sum, 1));
+                join(sum, low)
+            };
+            (scale[at], minimum[at]) = (b.scale, b.minimum);
+        }
+        let sums = add_quarters(sums[0], sums[1], sums[2], sums[3]);
+        let (q0, q1) = (_mm512_castsi512_si128(sums), _mm512_extracti32x4_epi32(sums, 1));
+        let (q2, q3) = (_mm512_extracti32x4_epi32(sums, 2), _mm512_extracti32x4_epi32(sums, 3));
+        let (low, high) = (_mm_add_epi32(q0, q1), _mm_add_epi32(q2, q3));
+        // The scales of activations are followed by as many zeros as this may read.
+        let d = _mm_loadu_ps(a.1);
+        let scale = _mm_mul_ps(_mm_loadu_ps(scale.as_ptr()), d);
+        if F::SYMMETRIC {
+            let sum = _mm_cvtepi32_ps(_mm_add_epi32(low, high));
+            *acc = _mm_add_ps(*acc, _mm_mul_ps(sum, scale));
+        } else {
+            let minimum = _mm_mul_ps(_mm_loadu_ps(minimum.as_ptr()), d);
+            *acc = _mm_add_ps(*acc, _mm_mul_ps(_mm_cvtepi32_ps(low), scale));
+            *minima = _mm_add_ps(*minima, _mm_mul_ps(_mm_cvtepi32_ps(high), minimum));
+        }
+    }
+}
+
+/// Which scales belong to pairs of the codes from `64 * q` on.
 #[inline(always)]
 unsafe fn scale_index<F: Super>(q: usize) -> __m512i {
-    unsafe {
-        let lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-        let (base, step) =
-            if F::PAIRED { (_mm512_srli_epi32(lanes, 3), 2) } else { (_mm512_srli_epi32(lanes, 2), 4) };
-        _mm512_add_epi32(base, _mm512_set1_epi32(step * q as i32))
+    let mut index = [0i16; 32];
+    let (pairs, groups) = if F::PAIRED { (16, 2) } else { (8, 4) };
+    for l in 0..32 {
+        index[l] = (groups * q + l / pairs) as i16;
     }
+    unsafe { _mm512_loadu_si512(index.as_ptr().cast()) }
 }
 
 /// One block of 256 of sixteen channels side by side.
@@ -878,7 +921,7 @@ impl SuperStrip {
                 for q in 0..4 {
                     codes[q][c] = b.codes[q];
                 }
-                scales[c] = b.scales;
+                scales[c] = _mm512_cvtepi16_epi32(b.scales);
                 minima[c] = _mm512_zextsi256_si512(b.minima);
                 (self.scale.0[c], self.minimum.0[c]) = (b.scale, b.minimum);
             }
@@ -899,14 +942,14 @@ impl SuperStrip {
         }
     }
 
-    /// Adds the products of `R` rows with the block, which is block `at` of the row, to the sum of each row and channel;
-    /// behind it lies that of minima.
+    /// Adds the products of `R` rows with the block, which is block `at` of the row, to one of four sums of each row and
+    /// channel: that of every fourth block. Behind them lie those of minima.
     #[inline(always)]
     unsafe fn multiply<F: Super, const R: usize>(
         &self,
         rows: *const (*const i8, *const f32, *const f32),
         at: usize,
-        sums: *mut [Lanes<f32>; 2],
+        sums: *mut [Lanes<f32>; 8],
     ) {
         unsafe {
             let groups = if F::PAIRED { 8 } else { 16 };
@@ -935,18 +978,18 @@ impl SuperStrip {
                 }
             }
             for r in 0..R {
-                let sums = &mut *sums.add(r);
+                let (sums, class) = (&mut *sums.add(r), at % 4);
                 let d = _mm512_set1_ps(*(*rows.add(r)).1.add(at));
                 let scale = _mm512_mul_ps(self.scale.load_ps(), d);
                 let total = if F::SYMMETRIC { _mm512_sub_epi32(totals[r], lows[r]) } else { totals[r] };
-                let mut acc = if at > 0 { sums[0].load_ps() } else { _mm512_setzero_ps() };
+                let mut acc = if at >= 4 { sums[class].load_ps() } else { _mm512_setzero_ps() };
                 acc = _mm512_add_ps(acc, _mm512_mul_ps(_mm512_cvtepi32_ps(total), scale));
-                sums[0].store(_mm512_castps_si512(acc));
+                sums[class].store(_mm512_castps_si512(acc));
                 if !F::SYMMETRIC {
                     let minimum = _mm512_mul_ps(self.minimum.load_ps(), d);
-                    let mut low = if at > 0 { sums[1].load_ps() } else { _mm512_setzero_ps() };
+                    let mut low = if at >= 4 { sums[4 + class].load_ps() } else { _mm512_setzero_ps() };
                     low = _mm512_add_ps(low, _mm512_mul_ps(_mm512_cvtepi32_ps(lows[r]), minimum));
-                    sums[1].store(_mm512_castps_si512(low));
+                    sums[4 + class].store(_mm512_castps_si512(low));
                 }
             }
         }
@@ -961,8 +1004,8 @@ unsafe fn many_super<F: Super>(part: &Part<'_>) {
         let mut strip = std::mem::MaybeUninit::<SuperStrip>::uninit();
         // All bits are numbers; what is read was written before.
         let strip = &mut *strip.as_mut_ptr();
-        let mut sums = std::mem::MaybeUninit::<[[Lanes<f32>; 2]; SHARING]>::uninit();
-        let sums = sums.as_mut_ptr().cast::<[Lanes<f32>; 2]>();
+        let mut sums = std::mem::MaybeUninit::<[[Lanes<f32>; 8]; SHARING]>::uninit();
+        let sums = sums.as_mut_ptr().cast::<[Lanes<f32>; 8]>();
         for first in (0..part.activations.rows).step_by(SHARING) {
             let (at, rows) = rows_of(part, first);
             for block in 0..blocks {
@@ -971,9 +1014,9 @@ unsafe fn many_super<F: Super>(part: &Part<'_>) {
             }
             for row in 0..rows {
                 let sums = &*sums.add(row);
-                let mut sum = if blocks > 0 { sums[0].load_ps() } else { _mm512_setzero_ps() };
-                if !F::SYMMETRIC && blocks > 0 {
-                    sum = _mm512_sub_ps(sum, sums[1].load_ps());
+                let mut sum = total(sums, 0, blocks);
+                if !F::SYMMETRIC {
+                    sum = _mm512_sub_ps(sum, total(sums, 4, blocks));
                 }
                 put_all(part, first + row, sum);
             }
