@@ -159,6 +159,9 @@ pub(crate) struct ChunkCache {
     queue: BTreeMap<QueueKey, u32>,
     /// Pieces of chunks whose slot is known.
     pieces: VecDeque<Job>,
+    /// Reads ahead that are under way, and the most that may be.
+    ahead_reads: usize,
+    ahead_reads_max: usize,
     order: u64,
     held: usize,
     any_waits: usize,
@@ -183,7 +186,7 @@ pub(crate) struct ChunkCache {
 }
 
 impl ChunkCache {
-    pub fn new(shape: Shape, slots: usize, policies: PolicySet) -> ChunkCache {
+    pub fn new(shape: Shape, slots: usize, policies: PolicySet, ahead_reads_max: usize) -> ChunkCache {
         let empty = State {
             place: Place::Absent,
             claim: Claim::None,
@@ -200,6 +203,8 @@ impl ChunkCache {
             free: (0..slots as u32).rev().collect(),
             queue: BTreeMap::new(),
             pieces: VecDeque::new(),
+            ahead_reads: 0,
+            ahead_reads_max: ahead_reads_max.max(1),
             order: 0,
             held: 0,
             any_waits: 0,
@@ -274,6 +279,9 @@ impl ChunkCache {
     /// Asks for a chunk that will be acquired soon. True if there is new work.
     pub fn demand(&mut self, n: u32) -> bool {
         let deadline = self.deadline(self.position);
+        if let Place::Loading { .. } = self.states[n as usize].place {
+            self.hurry(n);
+        }
         if matches!(self.states[n as usize].place, Place::Resident { .. } | Place::Loading { .. }) {
             return false;
         }
@@ -495,6 +503,9 @@ impl ChunkCache {
     }
 
     fn want(&mut self, n: u32) -> Wanted {
+        if let Place::Loading { .. } = self.states[n as usize].place {
+            self.hurry(n);
+        }
         match &self.states[n as usize].place {
             Place::Resident { .. } => Wanted::Resident,
             Place::Loading { attempt, .. } => Wanted::Pending(attempt.clone()),
@@ -635,33 +646,52 @@ impl ChunkCache {
         None
     }
 
-    /// The next piece to read, if there is one and a slot for it.
+    /// Gives the first job of the queue a slot and takes its first piece; the others follow.
+    fn start_first(&mut self, now: f64) -> Option<Job> {
+        let (&key, &n) = self.queue.first_key_value()?;
+        let slot = self.slot_for(n, key.class)?;
+        self.queue.remove(&key);
+        let ahead = key.class == Class::Ahead;
+        let state = &mut self.states[n as usize];
+        let Place::Queued { attempt, .. } = &state.place else { return None };
+        let pieces_left = self.shape.pieces[n as usize].max(1);
+        let attempt = attempt.clone();
+        state.place = Place::Loading { slot, pieces_left, error: None, ahead, attempt };
+        state.unproven = ahead;
+        self.policies.eviction.inserted(self.shape.ids[n as usize], ahead);
+        let job = Job { chunk: n, piece: 0, slot, ahead, started: now, stall_before: 0.0 };
+        self.pieces.extend((1..pieces_left).map(|piece| Job { piece, ..job }));
+        Some(job)
+    }
+
+    /// The next piece to read, if there is one and a slot for it. What is demanded goes first, and only a few reads
+    /// ahead are under way at once: a read that has begun cannot be overtaken.
     pub fn next_job(&mut self, now: f64) -> Option<Job> {
-        let job = match self.pieces.pop_front() {
-            Some(job) => job,
-            None => {
-                let (&key, &n) = self.queue.first_key_value()?;
-                let slot = self.slot_for(n, key.class)?;
-                self.queue.remove(&key);
-                let ahead = key.class == Class::Ahead;
-                let state = &mut self.states[n as usize];
-                let Place::Queued { attempt, .. } = &state.place else { return None };
-                let pieces_left = self.shape.pieces[n as usize].max(1);
-                let attempt = attempt.clone();
-                state.place = Place::Loading { slot, pieces_left, error: None, ahead, attempt };
-                state.unproven = ahead;
-                self.policies.eviction.inserted(self.shape.ids[n as usize], ahead);
-                let job = Job { chunk: n, piece: 0, slot, ahead, started: now, stall_before: 0.0 };
-                self.pieces.extend((1..pieces_left).map(|piece| Job { piece, ..job }));
-                job
-            }
+        let head_is_ahead = self.queue.first_key_value().map(|(key, _)| key.class == Class::Ahead);
+        let mut job = match self.pieces.iter().position(|job| !job.ahead) {
+            Some(i) => self.pieces.remove(i),
+            None if head_is_ahead == Some(false) => self.start_first(now),
+            None => None,
         };
-        let job = Job { started: now, stall_before: self.stall.at(now), ..job };
+        if job.is_none() && self.ahead_reads < self.ahead_reads_max {
+            job = self.pieces.pop_front();
+            if job.is_none() && head_is_ahead == Some(true) {
+                job = self.start_first(now);
+            }
+        }
+        let job = Job { started: now, stall_before: self.stall.at(now), ..job? };
         self.reading.enter(now);
-        if !job.ahead {
+        if job.ahead {
+            self.ahead_reads += 1;
+        } else {
             self.demand_reading.enter(now);
         }
         Some(job)
+    }
+
+    /// Pieces of a chunk that was read ahead are demanded from now on.
+    fn hurry(&mut self, n: u32) {
+        self.pieces.iter_mut().filter(|job| job.chunk == n).for_each(|job| job.ahead = false);
     }
 
     /// Something waits to be read, though perhaps without a slot.
@@ -672,7 +702,9 @@ impl ChunkCache {
     /// A piece has been read, or could not be.
     pub fn finish(&mut self, job: &Job, result: Result<(), TierError>, now: f64) {
         self.reading.leave(now);
-        if !job.ahead {
+        if job.ahead {
+            self.ahead_reads -= 1;
+        } else {
             self.demand_reading.leave(now);
         }
         let n = job.chunk as usize;

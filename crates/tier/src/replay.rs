@@ -157,7 +157,7 @@ pub fn replay(
         ids,
     };
     let names = (policies.eviction.name(), policies.predictor.name(), policies.admission.name());
-    let cache = ChunkCache::new(shape, slots, policies);
+    let cache = ChunkCache::new(shape, slots, policies, 1);
     let mut replay = Replay { cache, disk, piece_bytes: header.chunk_bytes, running: None, now: 0.0 };
     let mut step = 0;
     let mut computing = 0.0;

@@ -48,6 +48,8 @@ pub enum Urgency {
 pub struct StoreOptions {
     /// Reads under way at the same time, 1 to [`IO_THREADS_MAX`].
     pub io_threads: usize,
+    /// Of these, reads ahead: those that have begun delay what is demanded next. At least 1.
+    pub prefetch_reads: usize,
     /// Who leaves; equal shares for all groups by recency when absent.
     pub eviction: Option<Box<dyn EvictionPolicy>>,
     /// What is predicted.
@@ -76,6 +78,7 @@ impl Default for StoreOptions {
     fn default() -> Self {
         StoreOptions {
             io_threads: 4,
+            prefetch_reads: 2,
             eviction: None,
             predictor: Box::new(NoPrediction),
             admission: Box::new(Always),
@@ -282,7 +285,7 @@ impl ChunkStore {
         let inner = Arc::new(Inner {
             pool: Arc::new(SlotPool::new(lease, slot_bytes.to_usize())),
             guarded: Mutex::new(Guarded {
-                cache: ChunkCache::new(shape, slots, policies),
+                cache: ChunkCache::new(shape, slots, policies, options.prefetch_reads),
                 recorder,
                 stopping: false,
             }),

@@ -391,6 +391,28 @@ fn prefetches_are_overtaken_promoted_and_cancelled() {
 }
 
 #[test]
+fn only_a_few_reads_ahead_are_under_way_so_that_demands_find_a_thread() {
+    let medium = Medium::of(100 * CHUNK);
+    let store = store(simple(&medium, 1, 8), 8, 4);
+    medium.held.lock().unwrap().extend((0..4).map(|n| n * CHUNK));
+    let at = Position { step: 0, group: 0 };
+    for i in 0..4 {
+        store.request(ChunkId::new(0, i), Urgency::Prefetch { score: 1.0, at }).unwrap();
+    }
+    // All reads ahead are held up, but this one is not.
+    drop(store.acquire(ChunkId::new(0, 5)).unwrap());
+    let with = |residency| store.residency().iter().filter(|r| r.residency == residency).count();
+    while with(Residency::Loading) < 2 {
+        std::thread::yield_now();
+    }
+    assert_eq!((with(Residency::Loading), with(Residency::Queued), with(Residency::Resident)), (2, 2, 1));
+    medium.release();
+    for i in 0..4 {
+        drop(store.acquire(ChunkId::new(0, i)).unwrap());
+    }
+}
+
+#[test]
 fn wrong_prefetches_are_given_up_when_the_router_speaks() {
     let medium = Medium::of(100 * CHUNK);
     let store = store(simple(&medium, 2, 8), 6, 1);
