@@ -9,7 +9,7 @@ fn root() -> PathBuf {
 }
 
 /// The floor of every crate; an arrow may only point to a lower one.
-const FLOORS: [(&str, u32); 9] = [
+const FLOORS: [(&str, u32); 10] = [
     ("units", 0),
     ("meter", 0),
     ("graph", 1),
@@ -18,6 +18,7 @@ const FLOORS: [(&str, u32); 9] = [
     ("formats", 2),
     ("engine", 2),
     ("lm", 4),
+    ("server", 5),
     ("cli", 6),
 ];
 
