@@ -116,7 +116,7 @@ pub struct Means<'a> {
 
 impl Means<'_> {
     fn plan_options(&self, budget: Option<Bytes>) -> PlanOptions {
-        PlanOptions { budget, threads: self.threads as usize, profile: self.profile.clone() }
+        PlanOptions { budget, ..PlanOptions::new(self.profile.clone(), self.threads as usize) }
     }
 }
 
@@ -262,7 +262,7 @@ impl Model {
         let Ok((graph, _, held)) = self.prepared(dimensions, &[], means) else { return failure };
         let options = means.plan_options(Some(Bytes::ZERO));
         let peak_so_far = means.baseline.peak_so_far();
-        if let Err(EngineError::Budget { smallest, .. }) = plan_graph(&graph, &options) {
+        if let Err(EngineError::Budget { smallest, .. }) = plan_graph(&graph, &[], &options) {
             let reading = match failure.error.chain().find_map(|cause| cause.downcast_ref()) {
                 Some(MeterError::Budget { asked, available, limit, .. }) => {
                     limit.saturating_sub(*available) + *asked
@@ -278,7 +278,7 @@ impl Model {
     /// Plans without allocating.
     pub fn plan_only(self, dimensions: &BTreeMap<String, usize>, means: Means<'_>) -> Outcome<Plan> {
         let (graph, _, held) = self.prepared(dimensions, &[], means)?;
-        planned(means, held, |options| plan_graph(&graph, options))
+        planned(means, held, |options| plan_graph(&graph, &[], options))
     }
 
     /// Plans, allocates and loads what stays in memory.

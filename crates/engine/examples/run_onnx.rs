@@ -49,8 +49,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         profile,
         ..SessionOptions::new(PlanOptions {
             budget,
-            threads,
-            profile: MachineProfile::load_or_conservative()?,
+            ..PlanOptions::new(MachineProfile::load_or_conservative()?, threads)
         })
     };
     drop(model);

@@ -35,6 +35,16 @@ pub(crate) struct ExpertsShape {
 }
 
 impl ExpertsShape {
+    /// Bytes of the weights of all experts.
+    pub fn weight_bytes(&self) -> usize {
+        let size = |format: BlockFormat, k, n: usize| format.row_bytes(k).unwrap_or(0) * n;
+        let [gate, up, down] = self.formats;
+        let one = size(gate, self.width, self.hidden)
+            + size(up, self.width, self.hidden)
+            + size(down, self.hidden, self.width);
+        one * self.count
+    }
+
     /// Values of scratch for `rows` rows with `k` experts each.
     pub fn scratch_len(&self, rows: usize, k: usize) -> usize {
         let [gate, _, down] = self.formats;

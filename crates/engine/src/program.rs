@@ -262,6 +262,15 @@ impl Program {
         })
     }
 
+    /// Bytes of the states that an instruction touches.
+    pub fn state_bytes_of(&self, instruction: &Instruction) -> usize {
+        let mut states: Vec<usize> =
+            self.buffers_of(instruction).filter(|&b| self.buffers[b].kind == BufferKind::State).collect();
+        states.sort_unstable();
+        states.dedup();
+        states.into_iter().map(|b| self.buffers[b].size).sum()
+    }
+
     /// The weights that an instruction reads.
     pub fn weights_of(&self, instruction: &Instruction) -> impl Iterator<Item = usize> + '_ {
         let operands: Vec<usize> = instruction.inputs.iter().flatten().map(|o| o.tensor).collect();

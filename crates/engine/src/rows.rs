@@ -104,6 +104,16 @@ impl Rows {
         self.now.clone_from(&self.most);
     }
 
+    /// The part of an instruction's work that a run for one row of each class does.
+    pub fn one_row_share(&self, program: &Program, instruction: &crate::program::Instruction) -> f64 {
+        let operands = instruction.outputs.iter().chain(&instruction.inputs).flatten();
+        let class = operands.filter_map(|o| match program.tensors[o.tensor].storage {
+            Storage::Buffer { buffer, .. } => self.class[buffer],
+            _ => None,
+        });
+        class.map(|c| 1.0 / self.most[c].max(1) as f64).next().unwrap_or(1.0)
+    }
+
     /// The operand as this run sees it: itself, or its first rows.
     pub fn part(&self, program: &Program, operand: &Operand) -> Option<Operand> {
         let Storage::Buffer { buffer, .. } = program.tensors[operand.tensor].storage else { return None };

@@ -98,12 +98,20 @@ pub struct SessionOptions {
     pub rows: Vec<Vec<String>>,
     /// How experts are kept and fetched that do not all fit into memory.
     pub experts: ExpertOptions,
+    /// There will be many runs, so that weights for the next one may be read while this one ends.
+    pub repeats: bool,
 }
 
 impl SessionOptions {
     /// A plain session of this plan.
     pub fn new(plan: PlanOptions) -> SessionOptions {
-        SessionOptions { plan, profile: false, rows: Vec::new(), experts: ExpertOptions::default() }
+        SessionOptions {
+            plan,
+            profile: false,
+            rows: Vec::new(),
+            experts: ExpertOptions::default(),
+            repeats: false,
+        }
     }
 }
 
@@ -122,18 +130,25 @@ pub struct Session {
     /// Per instruction: the weights whose reading starts before it, and those that it needs.
     issue: Vec<Vec<usize>>,
     needed: Vec<Vec<usize>>,
+    /// Per instruction, and at last behind the outputs: the weights of the next run whose place is free from there on.
+    ahead: Vec<Vec<usize>>,
     /// Per instruction: heap slots that nobody needs afterwards.
     heap_dead: Vec<Vec<usize>>,
     _reserved: Vec<Reservation>,
 }
 
-/// Plans a graph without allocating anything.
+/// Plans a graph without allocating anything; `rows` as in [`SessionOptions::rows`].
 ///
 /// # Errors
 /// As [`Session::new`], less what the store or the system may say.
-pub fn plan_graph(graph: &Graph, options: &PlanOptions) -> Result<Plan, EngineError> {
+pub fn plan_graph(graph: &Graph, rows: &[Vec<String>], options: &PlanOptions) -> Result<Plan, EngineError> {
     let program = Program::build(graph, options.threads)?;
-    Ok(search(program, options)?.plan)
+    let mut layout = search(program, options)?;
+    if !rows.is_empty() {
+        let rows = Rows::of(&layout.program, rows)?;
+        layout.plan.predicted_row_seconds = Some(plan::predict_row(&layout, &rows, options));
+    }
+    Ok(layout.plan)
 }
 
 /// Plans, and gives what the search took back to the system instead of keeping it resident beside the arena.
@@ -156,7 +171,12 @@ impl Session {
         options: &SessionOptions,
     ) -> Result<Session, EngineError> {
         let program = Program::build(graph, options.plan.threads)?;
-        let Layout { program, assignment, plan } = search(program, &options.plan)?;
+        let mut layout = search(program, &options.plan)?;
+        let rows = Rows::of(&layout.program, &options.rows)?;
+        if !options.rows.is_empty() {
+            layout.plan.predicted_row_seconds = Some(plan::predict_row(&layout, &rows, &options.plan));
+        }
+        let Layout { program, assignment, plan } = layout;
         let memory = MemoryPool::new(options.plan.budget);
         let refused = |e: lightering_meter::MeterError| EngineError::Internal(e.to_string());
         let reserved = vec![
@@ -178,8 +198,8 @@ impl Session {
             // The reader works in the order of need.
             list.sort_by_key(|&w| assignment.loads[w].as_ref().map_or(0, |l| l.needed));
         }
+        let ahead = if options.repeats { free_for_next_run(&assignment, n) } else { vec![Vec::new(); n + 1] };
         let heap_dead = heap_lifetimes(&program);
-        let rows = Rows::of(&program, &options.rows)?;
         let experts = match &program.experts {
             Some(set) => {
                 Some(set.open(&arena, &assignment.buffer_offset, loader.sources(), &options.experts)?)
@@ -199,6 +219,7 @@ impl Session {
             profile: options.profile,
             issue,
             needed,
+            ahead,
             heap_dead,
             _reserved: reserved,
         })
@@ -240,7 +261,9 @@ impl Session {
     ) -> Result<RunReport, EngineError> {
         self.rows.begin_full();
         let result = self.run_inner(feed, fetch);
-        self.loader.settle();
+        if result.is_err() {
+            self.loader.settle();
+        }
         result
     }
 
@@ -257,7 +280,9 @@ impl Session {
     ) -> Result<RunReport, EngineError> {
         self.rows.begin(rows)?;
         let result = self.run_inner(feed, fetch);
-        self.loader.settle();
+        if result.is_err() {
+            self.loader.settle();
+        }
         result
     }
 
@@ -310,6 +335,9 @@ impl Session {
         let mut stall = 0.0;
         let expert_stall = self.experts.as_ref().map_or(Seconds(0.0), |s| s.stats().stall);
         for i in 0..self.program.instructions.len() {
+            for &w in &self.ahead[i] {
+                self.loader.request_ahead(w);
+            }
             for &w in &self.issue[i] {
                 self.loader.request(w);
             }
@@ -351,6 +379,9 @@ impl Session {
                     fetch(&port.name, OutputView::Tensor(view))?;
                 }
             }
+        }
+        for &w in self.ahead.last().into_iter().flatten() {
+            self.loader.request_ahead(w);
         }
         if let Some(store) = &self.experts {
             store.end_step();
@@ -543,6 +574,31 @@ impl Session {
         }
         Ok(())
     }
+}
+
+/// For every weight that is read from the first instruction on: when its place is free of what the run before needs.
+fn free_for_next_run(assignment: &plan::Assignment, n: usize) -> Vec<Vec<usize>> {
+    let mut ahead = vec![Vec::new(); n + 1];
+    let places: Vec<_> = assignment
+        .requests
+        .iter()
+        .zip(&assignment.placement.offsets)
+        .map(|((owner, request), &offset)| (*owner, offset..offset + request.size, *request.live.end()))
+        .collect();
+    let mut first: Vec<_> = assignment.loads.iter().enumerate().collect();
+    first.sort_by_key(|(_, load)| load.as_ref().map_or(0, |l| l.needed));
+    for (w, load) in first {
+        if load.as_ref().is_none_or(|l| l.issue != 0) {
+            continue;
+        }
+        let Some((_, place, _)) = places.iter().find(|(owner, ..)| *owner == plan::Owner::Weight(w)) else {
+            continue;
+        };
+        let overlapping = places.iter().filter(|(_, p, _)| p.start < place.end && place.start < p.end);
+        let last = overlapping.map(|(.., last)| *last).max().unwrap_or(n);
+        ahead[(last + 1).min(n)].push(w);
+    }
+    ahead
 }
 
 /// Values whose size nobody knew beforehand, each with its reservation.

@@ -79,7 +79,7 @@ impl Net {
         let sources = vec![store];
         let memory = MemoryPool::unbounded();
         prepare(&mut graph, &Bindings::default(), &sources, &memory, &PrepareOptions::default())?;
-        let plan = PlanOptions { budget, threads, profile: MachineProfile::conservative() };
+        let plan = PlanOptions { budget, ..PlanOptions::new(MachineProfile::conservative(), threads) };
         Session::new(&graph, sources, &SessionOptions::new(plan))
     }
 }

@@ -83,7 +83,7 @@ impl Decoder {
     /// # Errors
     /// [`EngineError::Budget`] when nothing fits.
     pub fn plan(&self, options: &PlanOptions) -> std::result::Result<Plan, EngineError> {
-        plan_graph(&self.graph, options)
+        plan_graph(&self.graph, &row_classes(), &direct(options))
     }
 
     /// Plans, allocates and loads the weights that stay.
@@ -96,12 +96,12 @@ impl Decoder {
         experts: &ExpertOptions,
         profile: bool,
     ) -> std::result::Result<LanguageModel, EngineError> {
-        let tokens = [ports::TOKENS, ports::POSITIONS, ports::PAGES].map(str::to_owned).to_vec();
         let options = SessionOptions {
             profile,
-            rows: vec![tokens, vec![ports::WANTED.to_owned()]],
+            rows: row_classes(),
             experts: experts.clone(),
-            ..SessionOptions::new(options.clone())
+            repeats: true,
+            ..SessionOptions::new(direct(options))
         };
         let session = Session::new(&self.graph, vec![self.source.clone()], &options)?;
         Ok(LanguageModel {
@@ -113,6 +113,17 @@ impl Decoder {
             weight_bytes: weight_bytes(&self.graph),
         })
     }
+}
+
+/// The inputs whose leading dimension differs from step to step.
+fn row_classes() -> Vec<Vec<String>> {
+    let tokens = [ports::TOKENS, ports::POSITIONS, ports::PAGES].map(str::to_owned).to_vec();
+    vec![tokens, vec![ports::WANTED.to_owned()]]
+}
+
+/// Models are read past the page cache.
+fn direct(options: &PlanOptions) -> PlanOptions {
+    PlanOptions { direct_reads: true, ..options.clone() }
 }
 
 /// Bytes of the weights that one token passes.

@@ -36,7 +36,7 @@ fn model(folder: &std::path::Path, budget: Option<Bytes>, experts: &ExpertOption
         CacheOptions { format: CacheFormat::F32, page_len: PAGE, pages: CONTEXT / PAGE, context: CONTEXT };
     let decoder = Decoder::new(&file, source, DecoderOptions { cache, rows: 20, wanted: 1 }).unwrap();
     let profile = MachineProfile::conservative();
-    decoder.start(&PlanOptions { budget, threads: 2, profile }, experts, false).unwrap()
+    decoder.start(&PlanOptions { budget, ..PlanOptions::new(profile, 2) }, experts, false).unwrap()
 }
 
 /// Greedy tokens after the prompt, and the logits after the prompt itself.

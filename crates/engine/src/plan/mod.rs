@@ -25,7 +25,8 @@ use crate::EngineError;
 use crate::experts;
 use crate::kernel::{Kernel, Packing};
 use crate::program::{BufferKind, INLINE_MAX, Program, Storage, WeightOrigin, aligned};
-pub(crate) use assign::Assignment;
+use crate::rows::Rows;
+pub(crate) use assign::{Assignment, Owner};
 
 /// What a plan may assume.
 #[derive(Clone, Debug)]
@@ -36,6 +37,15 @@ pub struct PlanOptions {
     pub threads: usize,
     /// Rates of the machine.
     pub profile: MachineProfile,
+    /// Weights are read past the page cache.
+    pub direct_reads: bool,
+}
+
+impl PlanOptions {
+    /// A plan for this machine without a budget.
+    pub fn new(profile: MachineProfile, threads: usize) -> PlanOptions {
+        PlanOptions { budget: None, threads, profile, direct_reads: false }
+    }
 }
 
 /// A buffer of the plan, in the picture a box: bytes upwards, instructions to the right.
@@ -123,6 +133,8 @@ pub struct Plan {
     pub predicted_seconds: Seconds,
     /// Part of that time spent waiting for weights.
     pub predicted_stall: Seconds,
+    /// Time of a run for one row of each class, in a plan whose runs may have fewer rows: of one token.
+    pub predicted_row_seconds: Option<Seconds>,
     /// Bytes of weights as the model stores them.
     pub weights_total: Bytes,
     /// Bytes read from the store at each run.
@@ -421,6 +433,40 @@ impl Shortage {
     }
 }
 
+/// Predicted time of a run for one row of each class of `rows`.
+pub(crate) fn predict_row(layout: &Layout, rows: &Rows, options: &PlanOptions) -> Seconds {
+    let (program, rates) = (&layout.program, predict::Rates::new(options));
+    let compute = program.instructions.iter().map(|i| {
+        let share = rows.one_row_share(program, i);
+        let mut cost = i.cost;
+        let weights: usize = program.weights_of(i).map(|w| program.weights[w].stored_bytes()).sum();
+        // Of a cache, a run for one row touches what its sequence holds, which nobody knows; of experts, those chosen.
+        let (fixed, passing) = match i.kernel {
+            Kernel::Experts { shape, .. } => {
+                let chosen = i.inputs[1].as_ref().map_or(0, |ids| ids.dims.last().copied().unwrap_or(0));
+                (shape.weight_bytes() * chosen / shape.count.max(1), shape.weight_bytes())
+            }
+            _ => (weights, weights + program.state_bytes_of(i)),
+        };
+        let others = (cost.bytes_read.0 as f64 - passing as f64).max(0.0);
+        cost.bytes_read = Bytes((fixed as f64 + others * share) as u64);
+        cost.bytes_written = Bytes((cost.bytes_written.0 as f64 * share) as u64);
+        cost.flops = cost.flops * share;
+        rates.cost(&i.kernel, &cost)
+    });
+    let timeline = predict::timeline_of(program, &layout.assignment, &rates, compute.collect());
+    let experts = program.experts.as_ref().map_or(0.0, |set| {
+        // Every expert is taken to be as likely as the others.
+        let chosen = program.instructions.iter().filter_map(|i| match i.kernel {
+            Kernel::Experts { .. } => i.inputs[1].as_ref()?.dims.last().copied(),
+            _ => None,
+        });
+        let missing = chosen.sum::<usize>() as f64 * (1.0 - set.slots as f64 / set.total().max(1) as f64);
+        missing * rates.reading(set.slot_bytes)
+    });
+    Seconds(timeline.total + experts)
+}
+
 fn finish(
     program: Program,
     assignment: Assignment,
@@ -535,6 +581,7 @@ fn finish(
         predicted_peak: Bytes(peak as u64),
         predicted_seconds: Seconds(timeline.total),
         predicted_stall: Seconds(timeline.stall),
+        predicted_row_seconds: None,
         weights_total: Bytes(program.weights.iter().map(|w| w.stored_bytes() as u64).sum()),
         streamed_per_run: streamed,
         peak_at,
@@ -594,6 +641,9 @@ impl std::fmt::Display for Plan {
             if self.threads == 1 { "" } else { "s" },
             self.predicted_stall
         )?;
+        if let Some(seconds) = self.predicted_row_seconds {
+            writeln!(f, "for one row       {seconds}")?;
+        }
         if let Some(at) = self.instructions.get(self.peak_at) {
             writeln!(f, "peak at           {} ({})", at.name, at.op)?;
             for b in self.peak_holders().iter().take(5) {

@@ -4,7 +4,9 @@ use lightering_meter::DiskPattern;
 use lightering_units::Bytes;
 
 use super::{Assignment, PlanOptions};
-use crate::program::Program;
+use crate::kernel::Kernel;
+use crate::program::{Program, Weight};
+use lightering_graph::Cost;
 
 /// What the machine does in a second, for the given number of threads.
 #[derive(Clone, Debug)]
@@ -12,6 +14,7 @@ pub(crate) struct Rates {
     flops: f64,
     memory: f64,
     disk: f64,
+    direct: bool,
     threads: f64,
     cores: f64,
 }
@@ -26,30 +29,40 @@ const PACKED_PER_SECOND: f64 = 4e9;
 impl Rates {
     pub fn new(options: &PlanOptions) -> Rates {
         let threads = options.threads as u32;
-        let disk = options.profile.disk_read_at(DiskPattern::Sequential, false, Bytes::mib(1));
+        let disk = options.profile.disk_read_at(DiskPattern::Sequential, options.direct_reads, Bytes::mib(1));
         Rates {
             flops: options.profile.gemm_f32_at(threads).0,
             memory: options.profile.memory_bandwidth_at(threads).0,
             disk: disk.map_or(200e6, |d| d.0),
+            direct: options.direct_reads,
             threads: options.threads as f64,
             cores: f64::from(options.profile.cores.max(1)),
         }
     }
 
-    fn instruction(&self, i: &crate::program::Instruction) -> f64 {
-        let efficiency = i.kernel.efficiency();
-        let compute = i.cost.flops.0 / (self.flops * efficiency);
-        let move_bytes = (i.cost.bytes_read.0 + i.cost.bytes_written.0) as f64 / self.memory;
+    /// One call of a kernel.
+    pub fn cost(&self, kernel: &Kernel, cost: &Cost) -> f64 {
+        let compute = cost.flops.0 / (self.flops * kernel.efficiency());
+        let move_bytes = (cost.bytes_read.0 + cost.bytes_written.0) as f64 / self.memory;
         compute.max(move_bytes) + CALL_SECONDS
     }
 
-    fn packing(&self, stored: usize) -> f64 {
-        stored as f64 / PACKED_PER_SECOND
+    /// Reading bytes that need no packing.
+    pub fn reading(&self, bytes: usize) -> f64 {
+        READ_SECONDS + bytes as f64 / self.disk
+    }
+
+    /// What a core works on a weight: nothing where the disk puts it straight into its place.
+    fn packing(&self, weight: &Weight) -> f64 {
+        if self.direct && weight.packing.is_plain() {
+            return 0.0;
+        }
+        weight.stored_bytes() as f64 / PACKED_PER_SECOND
     }
 
     /// Reading and packing a weight.
-    fn load(&self, stored: usize) -> f64 {
-        READ_SECONDS + stored as f64 / self.disk + self.packing(stored)
+    fn load(&self, weight: &Weight) -> f64 {
+        self.reading(weight.stored_bytes()) + self.packing(weight)
     }
 }
 
@@ -62,7 +75,17 @@ pub(crate) struct Timeline {
 
 /// Walks the instructions with one reader beside them that loads weights in the order in which they are needed.
 pub(crate) fn timeline(program: &Program, assignment: &Assignment, rates: &Rates) -> Timeline {
-    let compute: Vec<f64> = program.instructions.iter().map(|i| rates.instruction(i)).collect();
+    let compute = program.instructions.iter().map(|i| rates.cost(&i.kernel, &i.cost)).collect();
+    timeline_of(program, assignment, rates, compute)
+}
+
+/// The same for given times of the instructions.
+pub(crate) fn timeline_of(
+    program: &Program,
+    assignment: &Assignment,
+    rates: &Rates,
+    compute: Vec<f64>,
+) -> Timeline {
     let mut loads: Vec<(usize, usize, usize)> = assignment
         .loads
         .iter()
@@ -78,8 +101,7 @@ pub(crate) fn timeline(program: &Program, assignment: &Assignment, rates: &Rates
         let mut ready = now;
         while next < loads.len() && loads[next].0 == i {
             let (_, issue, w) = loads[next];
-            reader_free =
-                reader_free.max(start[issue.min(i)]) + rates.load(program.weights[w].stored_bytes());
+            reader_free = reader_free.max(start[issue.min(i)]) + rates.load(&program.weights[w]);
             ready = ready.max(reader_free);
             next += 1;
         }
@@ -87,7 +109,7 @@ pub(crate) fn timeline(program: &Program, assignment: &Assignment, rates: &Rates
         now = ready + seconds;
     }
     // The reader is a thread, too: where all cores compute already, what it works takes from them.
-    let packing: f64 = loads.iter().map(|&(.., w)| rates.packing(program.weights[w].stored_bytes())).sum();
+    let packing: f64 = loads.iter().map(|&(.., w)| rates.packing(&program.weights[w])).sum();
     let work = compute.iter().sum::<f64>() * rates.threads.min(rates.cores) + packing;
     let total = now.max(work / rates.cores);
     Timeline { compute, total, stall: stall + (total - now) }
