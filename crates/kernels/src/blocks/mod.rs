@@ -6,6 +6,8 @@
 //! the number of rows, not on the threads, not on the instruction set, and not on how the output channels are divided
 //! over calls.
 
+#[cfg(target_arch = "x86_64")]
+mod avx2;
 mod expert;
 mod portable;
 mod quantize;
@@ -301,6 +303,10 @@ impl Part<'_> {
     fn run(&self, isa: Isa) {
         #[cfg(target_arch = "x86_64")]
         if isa >= Isa::Avx512 && vnni::run(self) {
+            return;
+        }
+        #[cfg(target_arch = "x86_64")]
+        if isa >= Isa::Avx2 && avx2::run(self) {
             return;
         }
         dispatch(isa, portable::Products(self));

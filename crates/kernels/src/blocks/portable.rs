@@ -1,13 +1,9 @@
 //! Products in plain Rust: what the vector code must match bit for bit. Compiled for each instruction set.
 
-use std::any::TypeId;
-
 use lightering_units::BlockFormat;
 
 use super::unpack::{SuperBlock, half_to_f32, offset, unpack_small, unpack_super};
 use super::{Part, SUPER, TILE, sum4, sum16};
-#[cfg(target_arch = "x86_64")]
-use crate::arch::Avx2;
 use crate::arch::{Kernel, Simd};
 
 pub(super) struct Products<'a, 'b>(pub(super) &'a Part<'b>);
@@ -20,11 +16,11 @@ impl Kernel for Products<'_, '_> {
         let rows = part.activations.rows;
         for row in (0..rows).step_by(TILE) {
             if row + TILE <= rows {
-                tile::<S, TILE>(part, row);
+                tile::<TILE>(part, row);
             } else {
                 // A closure would not take on the instruction set.
                 for row in row..rows {
-                    tile::<S, 1>(part, row);
+                    tile::<1>(part, row);
                 }
             }
         }
@@ -32,13 +28,13 @@ impl Kernel for Products<'_, '_> {
 }
 
 #[inline(always)]
-fn tile<S: Simd, const R: usize>(part: &Part<'_>, row: usize) {
+fn tile<const R: usize>(part: &Part<'_>, row: usize) {
     for channel in 0..part.channels {
         let w = &part.w[channel * part.row_bytes..][..part.row_bytes];
         let sums = match part.format.block_len() {
             1 => plain::<R>(part, w, row),
-            32 => small::<S, R>(part, w, row),
-            _ => super_blocks::<S, R>(part, w, row),
+            32 => small::<R>(part, w, row),
+            _ => super_blocks::<R>(part, w, row),
         };
         for r in 0..R {
             part.put(row + r, channel, sums[r]);
@@ -48,14 +44,8 @@ fn tile<S: Simd, const R: usize>(part: &Part<'_>, row: usize) {
 
 /// Sums of four products each.
 #[inline(always)]
-fn dot<S: Simd>(codes: &[i16; 64], a: &[i8]) -> [i32; 16] {
+fn dot(codes: &[i16; 64], a: &[i8]) -> [i32; 16] {
     let a = &a[..64];
-    #[cfg(target_arch = "x86_64")]
-    if TypeId::of::<S>() == TypeId::of::<Avx2>() {
-        // SAFETY: this is only compiled for a processor with AVX2, whose token is proof of it, and the loads lie within
-        // 64 codes and 64 bytes.
-        return unsafe { dot_avx2(codes.as_ptr(), a.as_ptr()) };
-    }
     let mut sums = [0; 16];
     for l in 0..16 {
         for j in 0..4 {
@@ -65,30 +55,8 @@ fn dot<S: Simd>(codes: &[i16; 64], a: &[i8]) -> [i32; 16] {
     sums
 }
 
-#[cfg(target_arch = "x86_64")]
 #[inline(always)]
-unsafe fn dot_avx2(codes: *const i16, a: *const i8) -> [i32; 16] {
-    use std::arch::x86_64::*;
-    // SAFETY: by the caller.
-    unsafe {
-        let mut sums = [0; 16];
-        let mut pairs = [_mm256_setzero_si256(); 4];
-        for i in 0..4 {
-            let a = _mm256_cvtepi8_epi16(_mm_loadu_si128(a.add(16 * i).cast()));
-            pairs[i] = _mm256_madd_epi16(_mm256_loadu_si256(codes.add(16 * i).cast()), a);
-        }
-        for h in 0..2 {
-            // Quarters of both vectors come out in turns.
-            let quads = _mm256_hadd_epi32(pairs[2 * h], pairs[2 * h + 1]);
-            let ordered = _mm256_permute4x64_epi64(quads, 0b11_01_10_00);
-            _mm256_storeu_si256(sums.as_mut_ptr().add(8 * h).cast(), ordered);
-        }
-        sums
-    }
-}
-
-#[inline(always)]
-fn small<S: Simd, const R: usize>(part: &Part<'_>, w: &[u8], row: usize) -> [f32; R] {
+fn small<const R: usize>(part: &Part<'_>, w: &[u8], row: usize) -> [f32; R] {
     let format = part.format;
     let zero = i16::from(offset(format));
     let with_minimum = matches!(format, BlockFormat::Q4_1 | BlockFormat::Q5_1);
@@ -110,7 +78,7 @@ fn small<S: Simd, const R: usize>(part: &Part<'_>, w: &[u8], row: usize) -> [f32
         }
         for r in 0..R {
             let (a, d, group_sums) = parts[r];
-            let sums = dot::<S>(&codes, &a[32 * first..]);
+            let sums = dot(&codes, &a[32 * first..]);
             for b in 0..2 {
                 let (sum, d) = (sums[8 * b..8 * b + 8].iter().sum::<i32>(), d[first + b]);
                 acc[r][(first + b) % 4] += sum as f32 * (scales[b] * d);
@@ -124,7 +92,7 @@ fn small<S: Simd, const R: usize>(part: &Part<'_>, w: &[u8], row: usize) -> [f32
 }
 
 #[inline(always)]
-fn super_blocks<S: Simd, const R: usize>(part: &Part<'_>, w: &[u8], row: usize) -> [f32; R] {
+fn super_blocks<const R: usize>(part: &Part<'_>, w: &[u8], row: usize) -> [f32; R] {
     let parts: [_; R] = std::array::from_fn(|r| part.activations.parts(row + r));
     let mut acc = [[0f32; 4]; R];
     let mut minima = [[0f32; 4]; R];
@@ -141,7 +109,7 @@ fn super_blocks<S: Simd, const R: usize>(part: &Part<'_>, w: &[u8], row: usize) 
                 for i in 0..64 {
                     codes[i] = i16::from(b.codes[64 * c + i]);
                 }
-                let sums = dot::<S>(&codes, &a[64 * c..]);
+                let sums = dot(&codes, &a[64 * c..]);
                 for l in 0..16 {
                     lanes[l] += sums[l] * i32::from(b.scales[4 * c + l / 4]);
                 }
