@@ -9,7 +9,9 @@ use lightering_tier::policy::{ADMISSIONS, EVICTIONS, PREDICTORS};
 use lightering_units::{Bytes, BytesPerSecond, Seconds, Watts};
 use std::path::PathBuf;
 
-pub use language::{CacheFormatName, ChatArguments, DecoderArguments, ExpertArguments, GenerateArguments};
+pub use language::{
+    CacheFormatName, ChatArguments, DecoderArguments, ExpertArguments, GenerateArguments, ServeArguments,
+};
 
 /// Run AI models inside a memory budget that is planned, kept and proven.
 #[derive(Debug, Parser)]
@@ -59,6 +61,8 @@ pub enum Command {
     Generate(GenerateArguments),
     /// Talk with a language model, inside a budget
     Chat(ChatArguments),
+    /// Serve a language model over HTTP in OpenAI's interface, with a dashboard, inside a budget
+    Serve(ServeArguments),
     /// Turn text into the tokens of a language model, and tokens into text
     Tokenize(TokenizeArguments),
     /// Work with chunk traces: what a run needed of what does not fit, and what policies would make of it

@@ -91,8 +91,13 @@ fn what_is_left(metadata: &Metadata) -> Metadata {
 }
 
 impl LanguageFile {
-    /// Reads everything but the weights, for `parallel` sequences side by side.
-    pub fn open(path: &Path, arguments: &DecoderArguments, parallel: usize) -> Outcome<LanguageFile> {
+    /// Reads everything but the weights, for `parallel` sequences side by side that each guess `drafts` tokens ahead.
+    pub fn open(
+        path: &Path,
+        arguments: &DecoderArguments,
+        parallel: usize,
+        drafts: usize,
+    ) -> Outcome<LanguageFile> {
         let place = path.display();
         if path.is_file() && Container::of(path) != Container::Gguf {
             return Err(Failure::input(
@@ -110,14 +115,16 @@ impl LanguageFile {
         let source: Arc<dyn ByteSource> = Arc::new(DirectFile::open(path)?);
         let parameters = HyperParameters::of(&file).map_err(|e| explained("reading its sizes", e))?;
         let context = arguments.context.map_or(parameters.context.min(CONTEXT_DEFAULT), |c| c as usize);
-        let rows = (arguments.step_tokens as usize).max(parallel);
+        // A guess is checked by the logits of its own row.
+        let wanted = parallel * (1 + drafts);
+        let rows = (arguments.step_tokens as usize).max(wanted);
         let cache = CacheOptions {
             format: cache_format(arguments.cache),
             page_len: PAGE_LEN,
             pages: context.div_ceil(PAGE_LEN) * parallel,
             context,
         };
-        let options = DecoderOptions { cache, rows, wanted: parallel };
+        let options = DecoderOptions { cache, rows, wanted };
         let decoder =
             Decoder::new(&file, source.clone(), options).map_err(|e| explained("building its layers", e))?;
         let experts = expert_options(&arguments.experts)?;

@@ -84,6 +84,7 @@ fn usage_errors_are_exit_2_and_help_is_exit_0() {
         "inspect",
         "plan",
         "bench",
+        "serve",
         "tokenize",
         "tier",
         "doctor",

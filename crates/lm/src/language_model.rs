@@ -9,10 +9,10 @@ use lightering_engine::{
 use lightering_formats::gguf::GgufFile;
 use lightering_graph::{DType, Graph, LmOp, Op, TensorType, ValueType};
 use lightering_meter::MemoryPool;
-use lightering_tier::ByteSource;
+use lightering_tier::{ByteSource, ChunkStore, Residency};
 
 use crate::architecture::{CacheOptions, HyperParameters, build, ports};
-use crate::{Error, Result, Row, StepReport, TokenModel};
+use crate::{Error, ExpertResidency, ModelStatus, Result, Row, StepReport, TokenModel};
 
 /// What a decoder is made ready for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -334,4 +334,26 @@ impl TokenModel for LanguageModel {
     fn embed(&mut self, rows: &[Row<'_>], hidden: &mut dyn FnMut(usize, &[f32])) -> Result<StepReport> {
         self.compute(rows, ports::HIDDEN, hidden)
     }
+
+    fn status(&self) -> ModelStatus {
+        ModelStatus {
+            memory_used: Some(self.plan().predicted_peak),
+            bytes_read: Some(self.bytes_read()),
+            experts: self.session.experts().map(expert_residency),
+            ..ModelStatus::default()
+        }
+    }
+}
+
+/// The map of a store of experts; its groups are the layers.
+fn expert_residency(store: &ChunkStore) -> ExpertResidency {
+    let chunks = store.residency();
+    let layers = chunks.iter().map(|c| c.chunk.group as usize + 1).max().unwrap_or(0);
+    let experts = chunks.iter().map(|c| c.chunk.index as usize + 1).max().unwrap_or(0);
+    let mut tiers = vec![1; layers * experts];
+    for chunk in chunks.iter().filter(|c| matches!(c.residency, Residency::Resident | Residency::Pinned)) {
+        tiers[chunk.chunk.group as usize * experts + chunk.chunk.index as usize] = 0;
+    }
+    let stats = store.stats();
+    ExpertResidency { layers, experts, tiers, lookups: stats.accesses, hits: stats.hits }
 }

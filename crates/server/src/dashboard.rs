@@ -30,7 +30,7 @@ pub(crate) async fn page() -> Response {
 pub(crate) async fn state(State(shared): State<Arc<Shared>>) -> Response {
     let limits = shared.scheduler.limits();
     let options = shared.scheduler.options();
-    let status = shared.scheduler.model_status();
+    let status = shared.status();
     let body = json!({
         "schema": "lightering.dashboard/1",
         "version": env!("CARGO_PKG_VERSION"),

@@ -42,5 +42,5 @@ mod routes;
 mod state;
 
 pub use error::{Error, Result};
-pub use options::ServerOptions;
+pub use options::{MemoryProbe, ServerOptions};
 pub use state::{Drain, Server, Stop};

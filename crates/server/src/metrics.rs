@@ -129,7 +129,7 @@ fn render(shared: &Shared) -> String {
         "Time between two tokens of a sequence.",
         &c.inter_token,
     );
-    let status = shared.scheduler.model_status();
+    let status = shared.status();
     if let Some(budget) = status.memory_budget {
         page.gauge("lighter_lm_memory_budget_bytes", "Most memory that the model may hold.", budget.0 as f64);
     }

@@ -1,6 +1,10 @@
+use std::sync::Arc;
 use std::time::Duration;
 
 use lightering_units::Bytes;
+
+/// Tells how much memory is held now.
+pub type MemoryProbe = Arc<dyn Fn() -> Bytes + Send + Sync>;
 
 /// What a server allows.
 #[derive(Clone)]
@@ -24,6 +28,10 @@ pub struct ServerOptions {
     pub keep_alive: Duration,
     /// The longest time for which answers may go on after the signal to stop.
     pub drain_limit: Duration,
+    /// The budget that the process keeps to, for the dashboard and the metrics; the model's own word counts if not given.
+    pub memory_budget: Option<Bytes>,
+    /// What the process holds of it.
+    pub memory_used: Option<MemoryProbe>,
 }
 
 impl ServerOptions {
@@ -40,6 +48,8 @@ impl ServerOptions {
             write_limit: Duration::from_secs(60),
             keep_alive: Duration::from_secs(15),
             drain_limit: Duration::from_secs(30),
+            memory_budget: None,
+            memory_used: None,
         }
     }
 }

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use lightering_lm::{ChatTemplate, Scheduler};
+use lightering_lm::{ChatTemplate, ModelStatus, Scheduler};
 use tokio::sync::{Semaphore, watch};
 
 use crate::keys::Keys;
@@ -37,6 +37,14 @@ pub(crate) struct Shared {
 impl Shared {
     pub fn is_draining(&self) -> bool {
         self.draining.load(Ordering::Relaxed) || !self.scheduler.is_open()
+    }
+
+    /// What the model tells of itself, with the memory of the whole process where that is known.
+    pub fn status(&self) -> ModelStatus {
+        let mut status = self.scheduler.model_status();
+        status.memory_budget = self.options.memory_budget.or(status.memory_budget);
+        status.memory_used = self.options.memory_used.as_ref().map(|probe| probe()).or(status.memory_used);
+        status
     }
 }
 

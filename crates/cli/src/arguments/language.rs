@@ -170,6 +170,54 @@ pub struct GenerateArguments {
     pub receipt: ReceiptArguments,
 }
 
+/// `lighter serve`
+#[derive(Clone, Debug, Args)]
+pub struct ServeArguments {
+    /// The language model (.gguf)
+    #[arg(value_name = "MODEL", value_hint = ValueHint::FilePath)]
+    pub model: PathBuf,
+    /// Address to listen on; 0.0.0.0 for all
+    #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1", help_heading = "Server")]
+    pub host: String,
+    /// Port to listen on; 0 for any that is free
+    #[arg(long, short, value_name = "PORT", default_value_t = 8080, help_heading = "Server")]
+    pub port: u16,
+    /// Conversations that are computed side by side, each with room for --context tokens
+    #[arg(long, value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u32).range(1..=1024), help_heading = "Server")]
+    pub parallel: u32,
+    /// Requests that may wait for a place; more are told to come back later
+    #[arg(long, value_name = "N", default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..=65_536), help_heading = "Server")]
+    pub queue: u32,
+    /// Ask clients for this key, may be repeated [default: what LIGHTER_API_KEY says]
+    ///
+    /// Other users of this machine can see it in the list of processes; LIGHTER_API_KEY and --api-key-file do not show
+    /// it.
+    #[arg(long, value_name = "KEY", value_parser = parse_key, help_heading = "Server")]
+    pub api_key: Vec<String>,
+    /// File with keys, one a line
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath, help_heading = "Server")]
+    pub api_key_file: Option<PathBuf>,
+    /// Name by which clients ask for the model [default: the file's name without its ending]
+    #[arg(long, value_name = "NAME", help_heading = "Server")]
+    pub name: Option<String>,
+    /// Most tokens that are guessed ahead from earlier text and checked in one step; answers stay the same
+    #[arg(long, value_name = "N", default_value_t = 0, value_parser = clap::value_parser!(u32).range(0..=64), help_heading = "Server")]
+    pub draft: u32,
+    /// Seconds for which answers may go on after SIGTERM or Ctrl-C
+    #[arg(long, value_name = "SECONDS", default_value_t = 30, value_parser = clap::value_parser!(u64).range(0..=86_400), help_heading = "Server")]
+    pub drain: u64,
+    /// What may be used.
+    #[command(flatten)]
+    pub resources: LanguageArguments,
+}
+
+fn parse_key(text: &str) -> Result<String, String> {
+    if text.trim().is_empty() || text.chars().any(char::is_control) {
+        return Err("expected a key of visible characters".to_owned());
+    }
+    Ok(text.trim().to_owned())
+}
+
 /// `lighter chat`
 #[derive(Clone, Debug, Args)]
 pub struct ChatArguments {

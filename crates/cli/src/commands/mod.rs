@@ -12,6 +12,7 @@ mod inspect;
 mod man;
 mod plan;
 mod run;
+mod serve;
 pub mod tier;
 mod tokenize;
 
@@ -39,6 +40,7 @@ pub fn run(arguments: Arguments) -> Outcome {
         }
         Command::Generate(arguments) => generate::run(&arguments, output),
         Command::Chat(arguments) => chat::run(&arguments, output),
+        Command::Serve(arguments) => serve::run(&arguments, output),
         Command::Tokenize(arguments) => tokenize::run(&arguments, output),
         Command::Tier { command } => tier::run(&command, output),
         Command::Doctor(arguments) => doctor::run(&arguments, output),
