@@ -10,7 +10,8 @@ use lightering_units::{Bytes, BytesPerSecond, Seconds, Watts};
 use std::path::PathBuf;
 
 pub use language::{
-    CacheFormatName, ChatArguments, DecoderArguments, ExpertArguments, GenerateArguments, ServeArguments,
+    CacheFormatName, ChatArguments, DecoderArguments, ExpertArguments, GenerateArguments,
+    PerplexityArguments, ServeArguments,
 };
 
 /// Run AI models inside a memory budget that is planned, kept and proven.
@@ -59,6 +60,8 @@ pub enum Command {
     Bench(BenchArguments),
     /// Continue a text with a language model, inside a budget
     Generate(GenerateArguments),
+    /// Tell how well a language model foresees a text
+    Perplexity(PerplexityArguments),
     /// Talk with a language model, inside a budget
     Chat(ChatArguments),
     /// Serve a language model over HTTP in OpenAI's interface, with a dashboard, inside a budget

@@ -98,6 +98,25 @@ impl LanguageFile {
         parallel: usize,
         drafts: usize,
     ) -> Outcome<LanguageFile> {
+        // A guess is checked by the logits of its own row.
+        Self::read(path, arguments, parallel, parallel * (1 + drafts))
+    }
+
+    /// The same for one sequence, with the logits of `wanted` rows in each step.
+    pub fn open_for_logits(
+        path: &Path,
+        arguments: &DecoderArguments,
+        wanted: usize,
+    ) -> Outcome<LanguageFile> {
+        Self::read(path, arguments, 1, wanted)
+    }
+
+    fn read(
+        path: &Path,
+        arguments: &DecoderArguments,
+        parallel: usize,
+        wanted: usize,
+    ) -> Outcome<LanguageFile> {
         let place = path.display();
         if path.is_file() && Container::of(path) != Container::Gguf {
             return Err(Failure::input(
@@ -115,8 +134,6 @@ impl LanguageFile {
         let source: Arc<dyn ByteSource> = Arc::new(DirectFile::open(path)?);
         let parameters = HyperParameters::of(&file).map_err(|e| explained("reading its sizes", e))?;
         let context = arguments.context.map_or(parameters.context.min(CONTEXT_DEFAULT), |c| c as usize);
-        // A guess is checked by the logits of its own row.
-        let wanted = parallel * (1 + drafts);
         let rows = (arguments.step_tokens as usize).max(wanted);
         let cache = CacheOptions {
             format: cache_format(arguments.cache),

@@ -170,6 +170,26 @@ pub struct GenerateArguments {
     pub receipt: ReceiptArguments,
 }
 
+/// `lighter perplexity`
+#[derive(Clone, Debug, Args)]
+pub struct PerplexityArguments {
+    /// The language model (.gguf)
+    #[arg(value_name = "MODEL", value_hint = ValueHint::FilePath)]
+    pub model: PathBuf,
+    /// The text
+    #[arg(value_name = "FILE", value_hint = ValueHint::FilePath)]
+    pub file: PathBuf,
+    /// Tokens of a window; the second half of each is judged
+    #[arg(long, value_name = "TOKENS", default_value_t = 512, value_parser = clap::value_parser!(u32).range(4..=1_000_000))]
+    pub window: u32,
+    /// Most windows [default: all of the text]
+    #[arg(long, value_name = "N")]
+    pub windows: Option<usize>,
+    /// What may be used.
+    #[command(flatten)]
+    pub resources: LanguageArguments,
+}
+
 /// `lighter serve`
 #[derive(Clone, Debug, Args)]
 pub struct ServeArguments {

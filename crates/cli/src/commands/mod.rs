@@ -10,6 +10,7 @@ mod doctor;
 mod generate;
 mod inspect;
 mod man;
+mod perplexity;
 mod plan;
 mod run;
 mod serve;
@@ -39,6 +40,7 @@ pub fn run(arguments: Arguments) -> Outcome {
             bench::run(&arguments, output)
         }
         Command::Generate(arguments) => generate::run(&arguments, output),
+        Command::Perplexity(arguments) => perplexity::run(&arguments, output),
         Command::Chat(arguments) => chat::run(&arguments, output),
         Command::Serve(arguments) => serve::run(&arguments, output),
         Command::Tokenize(arguments) => tokenize::run(&arguments, output),
