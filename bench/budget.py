@@ -114,7 +114,7 @@ def main():
             f"slow-down {run['slowdown']:.2f}")
         print(f"{model} {fraction:.0%} ({budget / 1e6:.1f} MB): {verdict}", file=sys.stderr)
     measure.write_result("budget-warm.json" if options.warm else "budget.json", result)
-    tables.main()
+    tables.render()
 
 
 if __name__ == "__main__":

@@ -97,7 +97,7 @@ def main():
         }
         measure.write_result(f"conformance-{engine}.json", result)
         print(f"{engine}: {result['passed']} passed, {result['failed']} failed, {result['unsupported']} unsupported", file=sys.stderr)
-    tables.main()
+    tables.render()
 
 
 if __name__ == "__main__":

@@ -121,7 +121,7 @@ def main():
             neighbour.kill()
             neighbour.wait()
     if not options.no_render:
-        tables.main()
+        tables.render()
 
 
 if __name__ == "__main__":

@@ -65,7 +65,7 @@ def main():
         result["models"][model] = row
         print(model, {e: r.get("peak_resident_bytes", r.get("error")) for e, r in row["engines"].items()}, file=sys.stderr)
     measure.write_result("memory.json", result)
-    tables.main()
+    tables.render()
 
 
 if __name__ == "__main__":

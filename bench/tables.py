@@ -271,7 +271,48 @@ def superseded():
         "", ", ".join(f"`{c}`" for c in cases) + ".", "", table(["engine", "passed", "failed", "unsupported"], rows), ""])
 
 
+def lm_speed():
+    result = load("lm-speed")
+    if not result:
+        return "Not measured yet.\n"
+    rows = []
+    for r in result["rows"]:
+        rows.append([r["model"], r["threads"],
+                     f"{r['prompt']['lighter']:.0f}", f"{r['prompt']['llama.cpp']:.0f}", f"{r['prompt']['ratio']:.2f}",
+                     f"{r['answer']['lighter']:.1f}", f"{r['answer']['llama.cpp']:.1f}", f"{r['answer']['ratio']:.2f}",
+                     f"{r['bytes_per_second'] / 1e9:.1f}"])
+    header = ["model", "threads", "prompt, tokens/s", "llama.cpp", "ratio", "answer, tokens/s", "llama.cpp", "ratio",
+              "weights, GB/s"]
+    return "\n".join([
+        f"Prompt of {result['prompt']} tokens, answer of {result['tokens']} behind it, {result['rounds']} rounds in turns; "
+        f"the ratio is the median over the rounds, above 1 lighter is faster. llama.cpp {result['llama.cpp']}.", "",
+        table(header, rows), "", provenance(result), ""])
+
+
+def lm_budgets():
+    texts = []
+    for path in sorted(measure.RESULTS.glob("lm-budget-*.json")):
+        result = json.loads(path.read_text())
+        rows = []
+        for s in result["shares"]:
+            if "answer" not in s:
+                rows.append([f"{s['share']:.0%}", "refused"] + [""] * 8)
+                continue
+            experts = next((r["experts"] for r in s["runs"] if r.get("experts")), None)
+            rows.append([
+                f"{s['share']:.0%}", megabytes(s["memory"]), f"{s['answer']:.2f}", f"{s['of_resident']:.0%}",
+                f"{s['llama_answer']:.2f}" if "llama_answer" in s else "failed", f"{s['ratio']:.1f}" if "ratio" in s else "",
+                f"{s['bytes_per_token'] / 1e6:.0f}", f"{s['disk_rate'] / 1e6:.0f}", f"{s['disk_share']:.0%}",
+                f"{experts['hit_rate']:.0%}" if experts else "", f"{s['peak'] / s['limit']:.1%}"])
+        header = ["memory by file size", "MB", "tokens/s", "of resident", "llama.cpp, mmap", "ratio", "MB read for a token",
+                  "disk, MB/s", "time that reading alone would take", "experts found", "cgroup peak of limit"]
+        texts += [f"**{result['model']}**, {result['file_bytes'] / 1e9:.2f} GB, {result['threads']} threads; resident "
+                  f"{result['resident']['answer']:.2f} tokens/s.", "", table(header, rows), "", provenance(result), ""]
+    return "\n".join(texts) or "Not measured yet.\n"
+
+
 BLOCKS = {
+    "language-models.md": {"lm-speed": lm_speed, "lm-budgets": lm_budgets},
     "performance.md": {"latency-1t": lambda: latency("1t"), "latency-2t": lambda: latency("2t"),
                        "latency-2t-busy": lambda: latency("2t-busy"), "memory": memory, "budget": lambda: budget("budget"), "budget-warm": lambda: budget("budget-warm")},
     "conformance.md": {"summary": conformance_summary, "superseded": superseded,
@@ -279,7 +320,7 @@ BLOCKS = {
 }
 
 
-def main():
+def render():
     for file, blocks in BLOCKS.items():
         path = DOCS / file
         text = path.read_text()
@@ -294,4 +335,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    render()
