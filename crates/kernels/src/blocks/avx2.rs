@@ -4,7 +4,7 @@ use std::arch::x86_64::*;
 
 use lightering_units::BlockFormat;
 
-use super::unpack::{SuperBlock, offset, unpack_small, unpack_super};
+use super::unpack::{SuperBlock, offset, six_bit_pairs, unpack_small, unpack_super};
 use super::{Part, SUPER, TILE, sum4};
 use crate::arch::Avx2;
 
@@ -64,6 +64,134 @@ unsafe fn sums(v: [__m256i; 4]) -> __m128i {
     }
 }
 
+#[inline(always)]
+unsafe fn half_of(block: &[u8], at: usize) -> f32 {
+    let bits = u16::from_le_bytes([block[at], block[at + 1]]);
+    unsafe { _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(i32::from(bits)))) }
+}
+
+#[inline(always)]
+unsafe fn load(block: &[u8], at: usize) -> __m256i {
+    unsafe { _mm256_loadu_si256(block[at..at + 32].as_ptr().cast()) }
+}
+
+#[inline(always)]
+unsafe fn low_bits(v: __m256i) -> __m256i {
+    unsafe { _mm256_and_si256(v, _mm256_set1_epi8(15)) }
+}
+
+#[inline(always)]
+unsafe fn high_bits(v: __m256i) -> __m256i {
+    unsafe { _mm256_and_si256(v, _mm256_set1_epi8(0x30)) }
+}
+
+/// The lower halves of 16 bytes, then their upper halves.
+#[inline(always)]
+unsafe fn nibbles(block: &[u8], at: usize) -> __m256i {
+    unsafe {
+        let packed = _mm_loadu_si128(block[at..at + 16].as_ptr().cast());
+        low_bits(_mm256_set_m128i(_mm_srli_epi16(packed, 4), packed))
+    }
+}
+
+/// Byte `i` is 16 where bit `i` is set.
+#[inline(always)]
+unsafe fn fifth_bits(block: &[u8], at: usize) -> __m256i {
+    unsafe {
+        let bits = i32::from_le_bytes([block[at], block[at + 1], block[at + 2], block[at + 3]]);
+        let spread =
+            _mm256_set_epi64x(0x0303_0303_0303_0303, 0x0202_0202_0202_0202, 0x0101_0101_0101_0101, 0);
+        let bytes = _mm256_shuffle_epi8(_mm256_set1_epi32(bits), spread);
+        let bit = _mm256_set1_epi64x(0x8040_2010_0804_0201_u64 as i64);
+        let set = _mm256_cmpeq_epi8(_mm256_and_si256(bytes, bit), bit);
+        _mm256_and_si256(set, _mm256_set1_epi8(16))
+    }
+}
+
+/// 32 unsigned codes of a small block, as [`unpack_small`] gives them; scale and minimum.
+#[inline(always)]
+unsafe fn unpack(format: BlockFormat, block: &[u8]) -> (__m256i, f32, f32) {
+    unsafe {
+        match format {
+            BlockFormat::Q4_0 => (nibbles(block, 2), half_of(block, 0), 0.0),
+            BlockFormat::Q4_1 => (nibbles(block, 4), half_of(block, 0), half_of(block, 2)),
+            BlockFormat::Q5_0 => {
+                (_mm256_or_si256(nibbles(block, 6), fifth_bits(block, 2)), half_of(block, 0), 0.0)
+            }
+            BlockFormat::Q5_1 => (
+                _mm256_or_si256(nibbles(block, 8), fifth_bits(block, 4)),
+                half_of(block, 0),
+                half_of(block, 2),
+            ),
+            BlockFormat::Q8_0 => {
+                let codes = _mm256_loadu_si256(block[2..34].as_ptr().cast());
+                (_mm256_xor_si256(codes, _mm256_set1_epi8(-128)), half_of(block, 0), 0.0)
+            }
+            _ => {
+                let mut codes = [0u8; 32];
+                let (scale, minimum) = unpack_small(format, block, &mut codes);
+                (_mm256_loadu_si256(codes.as_ptr().cast()), scale, minimum)
+            }
+        }
+    }
+}
+
+/// As [`unpack_super`], with vectors for the codes of the most common formats.
+#[inline(always)]
+unsafe fn unpack_codes(format: BlockFormat, block: &[u8], b: &mut SuperBlock) {
+    unsafe {
+        let codes = b.codes.as_mut_ptr();
+        match format {
+            BlockFormat::Q4_K | BlockFormat::Q5_K => {
+                let pairs = six_bit_pairs(&block[4..16]);
+                let pairs = _mm_loadu_si128(pairs.as_ptr().cast());
+                let scales = _mm256_cvtepu8_epi16(_mm_unpacklo_epi8(pairs, pairs));
+                let minima = _mm256_cvtepu8_epi16(_mm_unpackhi_epi8(pairs, pairs));
+                _mm256_storeu_si256(b.scales.as_mut_ptr().cast(), scales);
+                _mm256_storeu_si256(b.minima.as_mut_ptr().cast(), minima);
+                (b.scale, b.minimum, b.zero) = (half_of(block, 0), half_of(block, 2), 0);
+                let with_fifth = format == BlockFormat::Q5_K;
+                let from = if with_fifth { 48 } else { 16 };
+                let mut high = load(block, 16);
+                let fifth = _mm256_set1_epi8(16);
+                for c in 0..4 {
+                    let packed = load(block, from + 32 * c);
+                    let mut first = low_bits(packed);
+                    let mut second = low_bits(_mm256_srli_epi16(packed, 4));
+                    if with_fifth {
+                        first = _mm256_or_si256(first, _mm256_and_si256(_mm256_slli_epi16(high, 4), fifth));
+                        second = _mm256_or_si256(second, _mm256_and_si256(_mm256_slli_epi16(high, 3), fifth));
+                        high = _mm256_srli_epi16(high, 2);
+                    }
+                    _mm256_storeu_si256(codes.add(64 * c).cast(), first);
+                    _mm256_storeu_si256(codes.add(64 * c + 32).cast(), second);
+                }
+            }
+            BlockFormat::Q6_K => {
+                let scales = _mm256_cvtepi8_epi16(_mm_loadu_si128(block[192..208].as_ptr().cast()));
+                _mm256_storeu_si256(b.scales.as_mut_ptr().cast(), scales);
+                _mm256_storeu_si256(b.minima.as_mut_ptr().cast(), _mm256_slli_epi16(scales, 5));
+                b.scale = half_of(block, 208);
+                (b.minimum, b.zero) = (b.scale, 32);
+                for h in 0..2 {
+                    let (p, q, high) =
+                        (load(block, 64 * h), load(block, 64 * h + 32), load(block, 128 + 32 * h));
+                    let quarters = [
+                        (low_bits(p), high_bits(_mm256_slli_epi16(high, 4))),
+                        (low_bits(q), high_bits(_mm256_slli_epi16(high, 2))),
+                        (low_bits(_mm256_srli_epi16(p, 4)), high_bits(high)),
+                        (low_bits(_mm256_srli_epi16(q, 4)), high_bits(_mm256_srli_epi16(high, 2))),
+                    ];
+                    for (i, (low, high)) in quarters.into_iter().enumerate() {
+                        _mm256_storeu_si256(codes.add(128 * h + 32 * i).cast(), _mm256_or_si256(low, high));
+                    }
+                }
+            }
+            _ => unpack_super(format, block, b),
+        }
+    }
+}
+
 /// The products of `R` rows with all channels, four blocks at a time.
 #[inline(always)]
 unsafe fn small<const R: usize>(part: &Part<'_>, format: BlockFormat, row: usize) {
@@ -81,9 +209,9 @@ unsafe fn small<const R: usize>(part: &Part<'_>, format: BlockFormat, row: usize
                 let mut codes = [_mm256_setzero_si256(); 4];
                 let (mut scales, mut lows) = ([0f32; 4], [0f32; 4]);
                 for (b, block) in blocks.chunks_exact(bytes).enumerate() {
-                    let mut unpacked = [0u8; 32];
-                    (scales[b], lows[b]) = unpack_small(format, block, &mut unpacked);
-                    codes[b] = _mm256_sub_epi8(_mm256_loadu_si256(unpacked.as_ptr().cast()), zero);
+                    let unpacked;
+                    (unpacked, scales[b], lows[b]) = unpack(format, block);
+                    codes[b] = _mm256_sub_epi8(unpacked, zero);
                 }
                 let scales = _mm_loadu_ps(scales.as_ptr());
                 for r in 0..R {
@@ -125,7 +253,7 @@ unsafe fn super_blocks<const R: usize>(part: &Part<'_>, format: BlockFormat, row
             let mut acc = [[0f32; 4]; R];
             let mut minima = [[0f32; 4]; R];
             for (at, block) in w.chunks_exact(format.block_bytes()).enumerate() {
-                unpack_super(format, block, &mut b);
+                unpack_codes(format, block, &mut b);
                 let mut totals = [_mm256_setzero_si256(); R];
                 for c in 0..8 {
                     let codes = _mm256_loadu_si256(b.codes[32 * c..][..32].as_ptr().cast());
