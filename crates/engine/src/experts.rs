@@ -230,7 +230,10 @@ impl ExpertSet {
         options: &ExpertOptions,
     ) -> Result<ChunkStore, EngineError> {
         let catalog = Arc::new(ChunkCatalog::new(sources.to_vec(), self.chunks())?);
-        debug_assert_eq!(catalog.slot_bytes().to_usize(), self.slot_bytes);
+        debug_assert!(
+            catalog.slot_bytes().to_usize() <= self.slot_bytes,
+            "slots are planned for direct reads"
+        );
         let context = PolicyContext {
             groups: (0..self.groups.len() as u32).collect(),
             slots: self.slots,
@@ -363,6 +366,11 @@ impl ByteSource for Endless {
 
     fn name(&self) -> String {
         "nothing".to_owned()
+    }
+
+    // Slots for whole pages are the larger ones; whether the real source is read so is known when it is opened.
+    fn is_direct(&self) -> bool {
+        true
     }
 }
 

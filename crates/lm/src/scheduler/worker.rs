@@ -96,6 +96,8 @@ impl<'t> Worker<'t> {
                 if self.inbox.is_exhausted() {
                     break;
                 }
+                // Nothing changes until the next request, so that this stays true.
+                self.status_at = None;
                 self.publish();
                 if self.inbox.len() == 0 {
                     self.inbox.wait();
