@@ -46,7 +46,7 @@ fn main() {
             read_rate(&pool, &words) / 1e9
         );
         println!(
-            "format   large MB  1 row GB/s   small MB  1 row GB/s   2 rows  4 rows  8 rows  128 rows  512 rows GFLOP/s"
+            "format   large MB  1 row GB/s   short rows, MB, GB/s   small MB  1 row GB/s   2 rows  4 rows  8 rows  128 rows  512 rows GFLOP/s"
         );
         for format in BlockFormat::ALL {
             if !names.is_empty() && !names.iter().any(|name| name == format.name()) {
@@ -54,8 +54,13 @@ fn main() {
             }
             let mut line = format!("{:6}", format.name());
             let mut many = String::new();
-            for (n, k, rows_list) in [(65536, 2048, &[1usize][..]), (2048, 1024, &[1, 2, 4, 8, 128, 512][..])]
-            {
+            let long = if format.block_len() == 32 { 640 } else { 2048 };
+            for (n, k, rows_list) in [
+                (65536, 2048, &[1usize][..]),
+                // Rows that are no whole number of what the kernels take at a time.
+                (131072, long, &[1][..]),
+                (2048, 1024, &[1, 2, 4, 8, 128, 512][..]),
+            ] {
                 let bytes = n * format.row_bytes(k).expect("k is a whole number of blocks");
                 // Bytes that are no tiny scales in any format, since arithmetic with subnormal numbers is slow.
                 let w: Vec<u8> = (0..bytes).map(|i| (i * 131 % 13 + 112) as u8).collect();

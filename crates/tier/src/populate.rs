@@ -1,4 +1,4 @@
-//! Pages that the system provides now instead of at their first use.
+//! Pages that the system provides now instead of at their first use, and large ones where it has them.
 
 /// What the pages are for; the values are those of madvise(2).
 #[derive(Clone, Copy, Debug)]
@@ -7,9 +7,11 @@ pub(crate) enum Populate {
     Read = 22,
     /// Pages of their own are provided.
     Write = 23,
+    /// Pages of their own are to be large ones.
+    Large = 14,
 }
 
-/// Has the system provide the pages of a range; an older kernel refuses, which changes nothing.
+/// Tells the system about the pages of a range; an older kernel refuses, which changes nothing.
 ///
 /// # Safety
 /// The range is mapped, and stays mapped during the call.

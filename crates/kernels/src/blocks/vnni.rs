@@ -346,6 +346,55 @@ unsafe fn sixteen<F: Small>(
     }
 }
 
+/// The first words of four blocks as f16.
+#[inline(always)]
+unsafe fn four_halves<F: Small>(p: *const u8) -> __m128 {
+    unsafe {
+        let bytes = F::FORMAT.block_bytes();
+        let word = |b: usize| i32::from(p.add(b * bytes).cast::<u16>().read_unaligned());
+        let words = _mm_setr_epi32(word(0) | word(1) << 16, word(2) | word(3) << 16, 0, 0);
+        _mm_cvtph_ps(words)
+    }
+}
+
+/// [`sixteen`] for four blocks: the rest of rows that are no whole number of sixteen.
+#[inline(always)]
+unsafe fn four_small<F: Small>(
+    w: *const u8,
+    a: (*const i8, *const f32, *const f32),
+    acc: &mut __m128,
+    minima: &mut __m128,
+) {
+    unsafe {
+        let bytes = F::FORMAT.block_bytes();
+        let zero = _mm512_setzero_si512();
+        let first = _mm512_dpbusd_epi32(zero, F::codes(w), _mm512_loadu_si512(a.0.cast()));
+        let second =
+            _mm512_dpbusd_epi32(zero, F::codes(w.add(2 * bytes)), _mm512_loadu_si512(a.0.add(64).cast()));
+        // Sums of neighbours, and then of the quarters that belong to one block.
+        let pairs = add_pairs(first, second);
+        let (even, odd) = (_mm512_castsi512_si256(pairs), _mm512_extracti64x4_epi64(pairs, 1));
+        let even = _mm_add_epi32(_mm256_castsi256_si128(even), _mm256_extracti128_si256(even, 1));
+        let odd = _mm_add_epi32(_mm256_castsi256_si128(odd), _mm256_extracti128_si256(odd, 1));
+        // Words of `even` are of blocks 0, 2, 0, 2, of `odd` of 1, 3, 1, 3.
+        let sums = _mm_add_epi32(_mm_unpacklo_epi32(even, odd), _mm_unpackhi_epi32(even, odd));
+        let sums = _mm_cvtepi32_ps(sums);
+        let (d, group_sums) = (_mm_loadu_ps(a.1), _mm_loadu_ps(a.2));
+        let sums = _mm_fnmadd_ps(_mm_set1_ps(f32::from(offset(F::FORMAT))), group_sums, sums);
+        let scales = if matches!(F::FORMAT, BlockFormat::MXFP4) {
+            let scale = |b: usize| super::unpack::half_power_of_two(*w.add(b * bytes));
+            _mm_setr_ps(scale(0), scale(1), scale(2), scale(3))
+        } else {
+            four_halves::<F>(w)
+        };
+        *acc = _mm_add_ps(*acc, _mm_mul_ps(sums, _mm_mul_ps(scales, d)));
+        if F::MINIMUM {
+            let m = _mm_mul_ps(_mm_mul_ps(four_halves::<F>(w.add(2)), d), group_sums);
+            *minima = _mm_add_ps(*minima, m);
+        }
+    }
+}
+
 /// The products of one row.
 #[inline(always)]
 unsafe fn small<F: Small>(part: &Part<'_>, row: usize) {
@@ -367,21 +416,26 @@ unsafe fn small<F: Small>(part: &Part<'_>, row: usize) {
                 sixteen::<F>(w.add(at * bytes), a, &mut acc, &mut minima);
                 at += 16;
             }
+            while at + 4 <= blocks {
+                let a = (codes.add(32 * at), scales.add(at), sums.add(at));
+                four_small::<F>(w.add(at * bytes), a, &mut acc, &mut minima);
+                at += 4;
+            }
             if at < blocks {
                 // The rest of the row, with blocks behind it that stand against activations of zero.
-                let rest = tail::<F>(w.add(at * bytes), blocks - at);
+                let rest = tail::<F, { 4 * 34 }>(w.add(at * bytes), blocks - at);
                 let a = (codes.add(32 * at), scales.add(at), sums.add(at));
-                sixteen::<F>(rest.as_ptr(), a, &mut acc, &mut minima);
+                four_small::<F>(rest.as_ptr(), a, &mut acc, &mut minima);
             }
             part.put(row, channel, if F::MINIMUM { sum4(acc) + sum4(minima) } else { sum4(acc) });
         }
     }
 }
 
-/// Fewer than sixteen blocks, filled up with zeros.
+/// The last blocks of a row, filled up with zeros.
 #[inline(always)]
-unsafe fn tail<F: Small>(w: *const u8, blocks: usize) -> [u8; 16 * 34] {
-    let mut rest = [0u8; 16 * 34];
+unsafe fn tail<F: Small, const BYTES: usize>(w: *const u8, blocks: usize) -> [u8; BYTES] {
+    let mut rest = [0u8; BYTES];
     unsafe { std::ptr::copy_nonoverlapping(w, rest.as_mut_ptr(), blocks * F::FORMAT.block_bytes()) };
     rest
 }
@@ -465,7 +519,7 @@ impl SmallStrip {
             let mut tails = [[0u8; 16 * 34]; CHANNELS];
             if blocks < 16 {
                 for c in 0..CHANNELS {
-                    tails[c] = tail::<F>(from[c], blocks);
+                    tails[c] = tail::<F, { 16 * 34 }>(from[c], blocks);
                     from[c] = tails[c].as_ptr();
                 }
             }
