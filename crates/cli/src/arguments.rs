@@ -1,5 +1,6 @@
 //! What can be typed. Each flag is declared once here; help, completions and the manual page are derived from it.
 
+mod convert;
 mod language;
 
 use crate::output::Output;
@@ -9,6 +10,7 @@ use lightering_tier::policy::{ADMISSIONS, EVICTIONS, PREDICTORS};
 use lightering_units::{Bytes, BytesPerSecond, Seconds, Watts};
 use std::path::PathBuf;
 
+pub use convert::ConvertArguments;
 pub use language::{
     CacheFormatName, ChatArguments, DecoderArguments, ExpertArguments, GenerateArguments,
     PerplexityArguments, ServeArguments,
@@ -68,6 +70,8 @@ pub enum Command {
     Serve(ServeArguments),
     /// Turn text into the tokens of a language model, and tokens into text
     Tokenize(TokenizeArguments),
+    /// Convert a language model (safetensors or GGUF) to GGUF, in another format of weights
+    Convert(ConvertArguments),
     /// Work with chunk traces: what a run needed of what does not fit, and what policies would make of it
     Tier {
         /// What to do with them.

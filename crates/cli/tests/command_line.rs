@@ -86,6 +86,7 @@ fn usage_errors_are_exit_2_and_help_is_exit_0() {
         "bench",
         "serve",
         "tokenize",
+        "convert",
         "tier",
         "doctor",
         "conformance",

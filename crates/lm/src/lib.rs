@@ -22,6 +22,7 @@
 mod architecture;
 mod chat;
 mod constraint;
+mod convert;
 mod error;
 mod json;
 mod language_model;
@@ -34,6 +35,10 @@ mod tokenizer;
 pub use architecture::{CacheOptions, ExpertParameters, HyperParameters, build, ports};
 pub use chat::{CHATML, ChatTemplate, Conversation, MAX_TEMPLATE_BYTES, Message};
 pub use constraint::{Constraint, Grammar, TokenTable};
+pub use convert::{
+    CheckpointFiles, Conversion, ConversionOptions, ConversionReport, ConvertedFormat, ParseRecipeError,
+    Recipe,
+};
 pub use error::{Error, Result};
 pub use json::Json;
 pub use language_model::{Decoder, DecoderOptions, LanguageModel};

@@ -4,7 +4,7 @@ mod byte_alphabet;
 mod byte_pairs;
 mod merging;
 mod metadata;
-mod pre_tokenizer;
+pub(crate) mod pre_tokenizer;
 mod sentence_pieces;
 mod special_tokens;
 mod stream;
@@ -28,7 +28,7 @@ pub use vocabulary::{MAX_TOKENS, TokenKind, VocabularyData};
 pub const MAX_TEXT_BYTES: usize = 1 << 30;
 
 /// The mark that stands for a space inside the tokens of SentencePiece vocabularies (U+2581).
-const SPACE_MARK: char = '\u{2581}';
+pub(crate) const SPACE_MARK: char = '\u{2581}';
 
 /// A map whose hash is seeded, so that a vocabulary cannot be written to collide in it.
 pub(crate) type Map<K, V> = std::collections::HashMap<K, V, foldhash::fast::RandomState>;

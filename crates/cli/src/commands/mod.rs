@@ -5,6 +5,7 @@ mod bench_language;
 mod chat;
 mod completions;
 mod conformance;
+mod convert;
 mod demo;
 mod doctor;
 mod generate;
@@ -44,6 +45,7 @@ pub fn run(arguments: Arguments) -> Outcome {
         Command::Chat(arguments) => chat::run(&arguments, output),
         Command::Serve(arguments) => serve::run(&arguments, output),
         Command::Tokenize(arguments) => tokenize::run(&arguments, output),
+        Command::Convert(arguments) => convert::run(&arguments, output),
         Command::Tier { command } => tier::run(&command, output),
         Command::Doctor(arguments) => doctor::run(&arguments, output),
         Command::Conformance(arguments) => conformance::run(&arguments, output),

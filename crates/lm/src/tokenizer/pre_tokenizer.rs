@@ -198,6 +198,18 @@ pub(super) fn rule(data: &VocabularyData) -> Result<&'static Rule> {
     RULES.iter().find(|rule| rule.names.contains(&name)).ok_or_else(unknown)
 }
 
+/// The name of the rule with exactly these expressions; of several, one that takes whole words or not, as wanted.
+pub(crate) fn name_of(steps: &[String], whole_words: bool) -> Option<&'static str> {
+    let steps: Vec<&str> = steps.iter().map(|s| if s == BYTE_LEVEL { GPT2 } else { s }).collect();
+    let rule = RULES.iter().find(|r| r.byte_level && r.whole_words == whole_words && r.steps == steps)?;
+    // The names that other programs know, too.
+    let known = ["llama-bpe", "smollm", "deepseek-v3"];
+    known.into_iter().find(|name| rule.names.contains(name)).or(rule.names.first().copied())
+}
+
+/// In the place of an expression: the one of GPT-2, which `tokenizer.json` does not write out.
+pub(crate) const BYTE_LEVEL: &str = "byte level";
+
 /// One step of a rule, ready to run.
 #[derive(Debug)]
 enum Step {
