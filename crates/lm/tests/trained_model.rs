@@ -1,0 +1,125 @@
+//! A trained language model that is always here (`data/README.md`): its text, at any residency and in any steps.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use lightering_engine::{ExpertOptions, PlanOptions};
+use lightering_formats::gguf::GgufFile;
+use lightering_graph::CacheFormat;
+use lightering_lm::{
+    CacheOptions, Conversion, ConversionOptions, Decoder, DecoderOptions, LanguageModel, Row, TokenModel,
+    Tokenizer,
+};
+use lightering_meter::MachineProfile;
+use lightering_tier::{ByteSource, FileSource};
+use lightering_units::Bytes;
+
+const CONTEXT: usize = 128;
+const PAGE: usize = 16;
+
+fn path() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/moe-tiny-q4_0.gguf")
+}
+
+fn model(source: Arc<dyn ByteSource>, budget: Option<Bytes>, threads: u32, rows: usize) -> LanguageModel {
+    let file = GgufFile::read(&*source).unwrap();
+    let cache =
+        CacheOptions { format: CacheFormat::F32, page_len: PAGE, pages: CONTEXT / PAGE, context: CONTEXT };
+    let decoder = Decoder::new(&file, source, DecoderOptions { cache, rows, wanted: 1 }).unwrap();
+    let options = PlanOptions { budget, ..PlanOptions::new(MachineProfile::conservative(), threads) };
+    decoder.start(&options, &ExpertOptions::default(), false).unwrap()
+}
+
+fn file() -> Arc<dyn ByteSource> {
+    Arc::new(FileSource::open(&path()).unwrap())
+}
+
+/// Greedy tokens after a prompt, and the logits of the last step.
+fn greedy(model: &mut LanguageModel, prompt: &[u32], count: usize) -> (Vec<u32>, Vec<u32>) {
+    let pages: Vec<u32> = (0..(CONTEXT / PAGE) as u32).rev().collect();
+    let mut tokens = prompt.to_vec();
+    let (mut at, mut bits) = (0, Vec::new());
+    while tokens.len() < prompt.len() + count {
+        let end = tokens.len().min(at + model.rows_max());
+        let rows: Vec<Row<'_>> = (at..end)
+            .map(|i| Row {
+                token: tokens[i],
+                position: i as u32,
+                pages: &pages,
+                wants_logits: i + 1 == tokens.len(),
+            })
+            .collect();
+        let mut best = None;
+        model
+            .step(&rows, &mut |_, logits| {
+                best = logits.iter().enumerate().max_by(|a, b| a.1.total_cmp(b.1)).map(|(id, _)| id as u32);
+                bits = logits.iter().map(|x| x.to_bits()).collect();
+            })
+            .unwrap();
+        at = end;
+        tokens.extend(best);
+    }
+    (tokens.split_off(prompt.len()), bits)
+}
+
+fn tokenizer() -> Tokenizer {
+    Tokenizer::from_gguf(&GgufFile::read(&*file()).unwrap().metadata).unwrap()
+}
+
+/// Prompts, and how the model goes on: recorded from this program.
+const RECORDED: [(&str, &str); 3] = [
+    ("First Citizen:\n", "@0"),
+    ("Question: A shop sells pens for $2 each. How much do 5 pens cost?\nAnswer:", "@1"),
+    ("fn main() {\n    let mut ", "@2"),
+];
+
+#[test]
+fn its_text_is_the_recorded_one() {
+    let tokenizer = tokenizer();
+    let mut model = model(file(), None, 2, 32);
+    for (prompt, recorded) in RECORDED {
+        let ids = tokenizer.encode(prompt, true, false).unwrap();
+        let (tokens, _) = greedy(&mut model, &ids, 40);
+        assert_eq!(tokenizer.decode(&tokens).unwrap(), recorded, "after {prompt:?}");
+    }
+}
+
+#[test]
+fn budgets_threads_and_steps_leave_every_bit_as_it_is() {
+    let tokenizer = tokenizer();
+    let mut resident = model(file(), None, 1, 8);
+    let peak = resident.plan().predicted_peak;
+    let mut others =
+        vec![("two threads", model(file(), None, 2, 8)), ("single rows", model(file(), None, 1, 1))];
+    let mut streamed = 0;
+    for (what, percent) in [("nine tenths", 90), ("three quarters", 75), ("six tenths", 60)] {
+        let budget = Bytes(peak.0 * percent / 100);
+        let limited = model(file(), Some(budget), 2, 8);
+        assert!(limited.plan().predicted_peak <= budget, "{what}");
+        streamed += usize::from(limited.session().experts().is_some());
+        others.push((what, limited));
+    }
+    assert!(streamed > 0, "no budget was tight enough to leave experts on the disk");
+    for (prompt, _) in RECORDED {
+        let ids = tokenizer.encode(prompt, true, false).unwrap();
+        let expected = greedy(&mut resident, &ids, 24);
+        for (what, model) in &mut others {
+            assert!(greedy(model, &ids, 24) == expected, "{what}, after {prompt:?}");
+        }
+    }
+}
+
+#[test]
+fn converted_to_a_wider_format_it_says_the_same() {
+    let mut conversion = Conversion::of_gguf(file()).unwrap();
+    conversion.set_recipe("F32".parse().unwrap());
+    let (bytes, report) = conversion.write(Vec::new(), ConversionOptions::default(), &mut |_| ()).unwrap();
+    let widened = report.formats.iter().find(|f| f.from != f.to).unwrap();
+    assert_eq!(widened.mean_squared_error, 0.0, "what 4 bits say fits into 32");
+    // Rounding it again finds the codes that it came from.
+    let mut back = Conversion::of_gguf(Arc::new(bytes)).unwrap();
+    back.set_recipe("Q4_0".parse().unwrap());
+    let (_, report) = back.write(Vec::new(), ConversionOptions::default(), &mut |_| ()).unwrap();
+    let narrowed = report.formats.iter().find(|f| f.from != f.to).unwrap();
+    assert!(narrowed.relative_error.unwrap() < 1e-3, "{narrowed:?}");
+}
