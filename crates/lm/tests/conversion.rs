@@ -39,7 +39,7 @@ const WIDTH: usize = 64;
 fn tokenizer() -> Json {
     let codes = (0x21..=0x7e).chain(0xa1..=0xac).chain(0xae..=0xff).chain(0x100..0x144);
     let mut tokens: Vec<String> = codes.map(|c| char::from_u32(c).unwrap().to_string()).collect();
-    tokens.extend(["hi", "hi!"].map(String::from));
+    tokens.extend(["hi", "hit"].map(String::from));
     let vocab: serde_json::Map<String, Json> =
         tokens.iter().enumerate().map(|(id, token)| (token.clone(), json!(id))).collect();
     json!({
@@ -50,7 +50,7 @@ fn tokenizer() -> Json {
         "normalizer": null,
         "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": false, "use_regex": true},
         "post_processor": null,
-        "model": {"type": "BPE", "vocab": vocab, "merges": ["h i", ["hi", "!"]]},
+        "model": {"type": "BPE", "vocab": vocab, "merges": ["h i", ["hi", "t"]]},
     })
 }
 
@@ -277,7 +277,7 @@ fn tokenizers_with_bytes_and_with_characters() {
     let tokenizer = Tokenizer::from_gguf(&file.metadata).unwrap();
     assert_eq!(file.metadata.get_str("tokenizer.ggml.pre").unwrap(), Some("gpt-2"));
     assert_eq!(tokenizer.token_count(), ROWS, "as many as there are embeddings");
-    assert_eq!(tokenizer.encode("hi!<tool>", true, false).unwrap(), [257, 259]);
+    assert_eq!(tokenizer.encode("hit<tool>", true, false).unwrap(), [257, 259]);
     assert_eq!(tokenizer.encode("<|endoftext|>", false, true).unwrap(), [258]);
     assert!(tokenizer.is_end(258));
 
@@ -368,7 +368,7 @@ fn any_memory_and_any_threads_give_the_same_file_and_too_little_is_refused() {
 #[test]
 fn errors_of_formats_are_those_of_their_steps() {
     let mut errors = Vec::new();
-    for recipe in ["F32", "F16", "Q8_0", "Q5_1", "Q4_0"] {
+    for recipe in ["F32", "F16", "Q8_0", "Q5_0", "Q4_0"] {
         let (_, _, report) = Model::llama("llama").converted(recipe);
         let to: BlockFormat =
             recipe.parse::<Recipe>().map(|r| BlockFormat::from_name(&r.to_string()).unwrap()).unwrap();

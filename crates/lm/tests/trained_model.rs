@@ -21,7 +21,7 @@ fn path() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/moe-tiny-q4_0.gguf")
 }
 
-fn model(source: Arc<dyn ByteSource>, budget: Option<Bytes>, threads: u32, rows: usize) -> LanguageModel {
+fn model(source: Arc<dyn ByteSource>, budget: Option<Bytes>, threads: usize, rows: usize) -> LanguageModel {
     let file = GgufFile::read(&*source).unwrap();
     let cache =
         CacheOptions { format: CacheFormat::F32, page_len: PAGE, pages: CONTEXT / PAGE, context: CONTEXT };
@@ -68,20 +68,30 @@ fn tokenizer() -> Tokenizer {
 
 /// Prompts, and how the model goes on: recorded from this program.
 const RECORDED: [(&str, &str); 3] = [
-    ("First Citizen:\n", "@0"),
-    ("Question: A shop sells pens for $2 each. How much do 5 pens cost?\nAnswer:", "@1"),
-    ("fn main() {\n    let mut ", "@2"),
+    (
+        "First Citizen:\n",
+        "It is the son, and my lord,\nAnd I have been absentleman,\nAnd here I have been absentlem",
+    ),
+    (
+        "Question: A shop sells pens for $2 each. How much do 5 pens cost?\nAnswer:",
+        " The total cost of the pair of pairs of pairs of pairs of pairs of pairs of pairs of pairs of pairs of",
+    ),
+    (
+        "fn main() {\n    let mut ",
+        "ig = StandardBuilder::new();\n        let mut printer = StandardBuilder::new()\n            .build()\n            .build()\n            .",
+    ),
 ];
 
 #[test]
 fn its_text_is_the_recorded_one() {
     let tokenizer = tokenizer();
     let mut model = model(file(), None, 2, 32);
-    for (prompt, recorded) in RECORDED {
+    let texts = RECORDED.map(|(prompt, _)| {
         let ids = tokenizer.encode(prompt, true, false).unwrap();
         let (tokens, _) = greedy(&mut model, &ids, 40);
-        assert_eq!(tokenizer.decode(&tokens).unwrap(), recorded, "after {prompt:?}");
-    }
+        tokenizer.decode(&tokens).unwrap()
+    });
+    assert_eq!(texts, RECORDED.map(|(_, text)| text));
 }
 
 #[test]
