@@ -12,8 +12,8 @@ use std::path::PathBuf;
 
 pub use convert::ConvertArguments;
 pub use language::{
-    CacheFormatName, ChatArguments, DecoderArguments, ExpertArguments, GenerateArguments,
-    PerplexityArguments, ServeArguments,
+    CacheFormatName, ChatArguments, DecoderArguments, ExpertArguments, GenerateArguments, LmCommand,
+    LmSynthArguments, PerplexityArguments, ServeArguments,
 };
 
 /// Run AI models inside a memory budget that is planned, kept and proven.
@@ -72,6 +72,12 @@ pub enum Command {
     Tokenize(TokenizeArguments),
     /// Convert a language model (safetensors or GGUF) to GGUF, in another format of weights
     Convert(ConvertArguments),
+    /// Make language models for tests and measurements
+    Lm {
+        /// What to make.
+        #[command(subcommand)]
+        command: LmCommand,
+    },
     /// Work with chunk traces: what a run needed of what does not fit, and what policies would make of it
     Tier {
         /// What to do with them.

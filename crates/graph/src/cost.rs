@@ -286,6 +286,8 @@ fn language(op: &LmOp, s: &Sizes<'_>) -> f64 {
         LmOp::BlockGather { .. } => s.out() * 2.0,
         LmOp::RopeAngles { .. } => s.out() * TRANSCENDENTAL,
         LmOp::Rope { .. } => s.out() * 3.0,
+        LmOp::HeadMatMul { heads, .. } => 2.0 * s.x() * dim(s.output(0), 1) / (*heads).max(1) as f64,
+        LmOp::JoinHeads { .. } => s.out(),
         LmOp::CacheStore { .. } => s.input(1).map_or(0.0, elements),
         // How many positions there will be is not known; a full cache page a row is the least that makes sense.
         LmOp::CachedAttention(a) => {

@@ -37,8 +37,25 @@ pub enum LmOp {
     Rope {
         /// Heads in a row.
         heads: usize,
+        /// The first turned element of each head.
+        offset: usize,
         /// Pairs are neighbours rather than halves.
         interleaved: bool,
+    },
+    /// `(x f32 [rows, heads · len], w u8 [heads · n, row_bytes])` to f32 `[rows, heads · n]`: each head by a matrix of its
+    /// own. Of the elements of a head, the product takes the first, as many as a row of weights has.
+    HeadMatMul {
+        /// Of the weights.
+        format: BlockFormat,
+        /// Heads in a row.
+        heads: usize,
+    },
+    /// `(a f32 [rows, …], b? f32 [rows, …])` to f32 `[rows, heads · Σ len]`: each head is put together from pieces.
+    JoinHeads {
+        /// Heads in a row of the result.
+        heads: usize,
+        /// Of each head, in order.
+        pieces: Vec<HeadPiece>,
     },
     /// `(cache, rows f32 [rows, heads · len], positions i32 [rows], pages i32 [rows, pages])` to the cache, updated in
     /// place.
@@ -76,6 +93,19 @@ pub enum LmOp {
         /// Of the gate.
         activation: Activation,
     },
+}
+
+/// A run of elements of [`LmOp::JoinHeads`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HeadPiece {
+    /// The operand that it comes from.
+    pub input: usize,
+    /// A row of that operand is one head, which all heads share, rather than as many heads as the result has.
+    pub shared: bool,
+    /// Where it begins within its head.
+    pub offset: usize,
+    /// Its elements.
+    pub len: usize,
 }
 
 /// How rotary frequencies are stretched beyond the trained context.
@@ -161,8 +191,8 @@ impl LmOp {
     pub fn input_count(&self) -> (usize, usize) {
         match self {
             LmOp::BlockMatMul { .. } => (2, 3),
-            LmOp::BlockGather { .. } | LmOp::Rope { .. } => (2, 2),
-            LmOp::RopeAngles { .. } | LmOp::Route { .. } => (1, 2),
+            LmOp::BlockGather { .. } | LmOp::Rope { .. } | LmOp::HeadMatMul { .. } => (2, 2),
+            LmOp::RopeAngles { .. } | LmOp::Route { .. } | LmOp::JoinHeads { .. } => (1, 2),
             LmOp::CacheStore { .. } => (4, 4),
             LmOp::CachedAttention(_) => (5, 6),
             LmOp::Experts { .. } => (6, 6),

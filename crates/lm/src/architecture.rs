@@ -16,7 +16,7 @@ use lightering_units::BlockFormat;
 
 use crate::{Error, Result};
 use family::{Family, Norm, Positions};
-pub use hyper_parameters::{ExpertParameters, HyperParameters};
+pub use hyper_parameters::{CompressedParameters, ExpertParameters, HyperParameters};
 
 /// Names of the inputs and outputs of a decoder's graph.
 pub mod ports {
@@ -114,6 +114,8 @@ impl Builder<'_> {
         while found.len() > dims.len() && found.last() == Some(&1) {
             found.pop();
         }
+        // Dimensions of 1 at the end may be left out.
+        found.resize(found.len().max(dims.len()), 1);
         let fits = found.len() == dims.len() && found.iter().zip(dims).all(|(f, d)| *d == 0 || f == d);
         if !fits {
             return Err(Error::invalid(name, format!("shape {found:?}"), format!("shape {dims:?}")));
@@ -158,6 +160,17 @@ impl Builder<'_> {
         let stored = StoredTensor { source: SourceId(0), offset: t.offset, size: t.size };
         let ty = TensorType::fixed(DType::U8, &[count, n, row]);
         Ok(Matrix { value: self.graph.add_stored(name, ty, stored), format: t.format, n })
+    }
+
+    /// The matrices of all heads of a layer, one below the other: `heads` of `n` rows of `k` elements.
+    fn head_matrices(&mut self, name: &str, k: usize, n: usize, heads: usize) -> Result<Matrix> {
+        let t = self.checked(name, &[k, n, heads])?.clone();
+        let row = t.format.row_bytes(k).ok_or_else(|| {
+            Error::invalid(name, format!("rows of {k} elements"), format!("whole blocks of {}", t.format))
+        })?;
+        let stored = StoredTensor { source: SourceId(0), offset: t.offset, size: t.size };
+        let ty = TensorType::fixed(DType::U8, &[heads * n, row]);
+        Ok(Matrix { value: self.graph.add_stored(name, ty, stored), format: t.format, n: heads * n })
     }
 
     /// A vector of f32 values.
@@ -250,6 +263,14 @@ impl Builder<'_> {
         x = self.scaled("scaled embeddings", x, self.p.embedding_scale);
         if self.family.positions == Positions::Learned {
             let table = self.matrix("position_embd.weight", d, 0)?;
+            if table.n < self.cache.context {
+                return Err(Error::limit(
+                    "position_embd.weight",
+                    "the number of positions asked for",
+                    self.cache.context as u64,
+                    table.n as u64,
+                ));
+            }
             let gather = LmOp::BlockGather { format: table.format };
             let places = self.lm("position embeddings", gather, &[table.value, self.positions]);
             x = self.add("placed embeddings", x, places);

@@ -136,7 +136,7 @@ fn weight_bytes(graph: &Graph) -> lightering_units::Bytes {
             ty.and_then(TensorType::size_bytes).unwrap_or(0)
         };
         sum += match **op {
-            LmOp::BlockMatMul { .. } => size(1),
+            LmOp::BlockMatMul { .. } | LmOp::HeadMatMul { .. } => size(1),
             LmOp::Experts { .. } => {
                 let dims = |i: usize| node.input(i).and_then(|v| graph.value(v).ty.tensor()?.dims());
                 match (dims(1).as_deref(), dims(3).as_deref()) {

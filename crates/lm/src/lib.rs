@@ -30,9 +30,10 @@ mod model;
 mod sampler;
 mod scheduler;
 mod status;
+mod synthetic;
 mod tokenizer;
 
-pub use architecture::{CacheOptions, ExpertParameters, HyperParameters, build, ports};
+pub use architecture::{CacheOptions, CompressedParameters, ExpertParameters, HyperParameters, build, ports};
 pub use chat::{CHATML, ChatTemplate, Conversation, MAX_TEMPLATE_BYTES, Message};
 pub use constraint::{Constraint, Grammar, TokenTable};
 pub use convert::{
@@ -52,4 +53,5 @@ pub use scheduler::{
     Timings, Usage,
 };
 pub use status::{ExpertResidency, ModelStatus};
+pub use synthetic::{SyntheticModel, SyntheticOptions, synthetic_names, write_synthetic};
 pub use tokenizer::{MAX_TEXT_BYTES, MAX_TOKENS, StreamDecoder, TokenKind, Tokenizer, VocabularyData};

@@ -1,6 +1,6 @@
 //! Text to token ids and back, for the vocabularies that GGUF files carry.
 
-mod byte_alphabet;
+pub(crate) mod byte_alphabet;
 mod byte_pairs;
 mod merging;
 mod metadata;

@@ -1,9 +1,9 @@
 //! Flags of the commands that run language models.
 
 use super::{ReceiptArguments, parse_bytes};
-use clap::{Args, ValueEnum, ValueHint};
+use clap::{Args, Subcommand, ValueEnum, ValueHint};
 use lightering_lm::SamplerOptions;
-use lightering_units::Bytes;
+use lightering_units::{BlockFormat, Bytes};
 use std::path::PathBuf;
 
 /// Format of the cache of keys and values.
@@ -256,4 +256,43 @@ pub struct ChatArguments {
     /// What may be used.
     #[command(flatten)]
     pub resources: LanguageArguments,
+}
+
+/// `lighter lm …`
+#[derive(Clone, Debug, Subcommand)]
+pub enum LmCommand {
+    /// Write a model with the shape of a known one and random weights
+    Synth(LmSynthArguments),
+}
+
+/// `lighter lm synth`
+///
+/// The weights are random: what depends on shapes can be measured with such a file, such as memory, reads and speed,
+/// and nothing that depends on what a model has learned, such as its text or which experts it prefers.
+#[derive(Clone, Debug, Args)]
+pub struct LmSynthArguments {
+    /// The model whose shape it has; any other word lists those that are known
+    #[arg(long, value_name = "NAME")]
+    pub like: String,
+    /// Where the file goes (.gguf)
+    #[arg(long, short, value_name = "FILE", value_hint = ValueHint::FilePath)]
+    pub output: PathBuf,
+    /// Layers [default: as many as the model has]
+    #[arg(long, value_name = "N", conflicts_with = "disk")]
+    pub layers: Option<usize>,
+    /// As many of the model's layers as fit into a file of this size, such as 6GiB
+    #[arg(long, value_name = "SIZE", value_parser = parse_bytes)]
+    pub disk: Option<Bytes>,
+    /// Format of the matrices, such as F16, Q8_0, Q4_K or Q6_K
+    #[arg(long, value_name = "FORMAT", default_value = "Q4_K")]
+    pub format: BlockFormat,
+    /// Tokens of the vocabulary [default: as many as the model has]
+    #[arg(long, value_name = "N")]
+    pub vocabulary: Option<usize>,
+    /// The same structure at the size of a toy, for tests
+    #[arg(long)]
+    pub tiny: bool,
+    /// Where the random numbers begin
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub seed: u64,
 }

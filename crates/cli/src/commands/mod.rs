@@ -10,6 +10,7 @@ mod demo;
 mod doctor;
 mod generate;
 mod inspect;
+mod lm;
 mod man;
 mod perplexity;
 mod plan;
@@ -46,6 +47,7 @@ pub fn run(arguments: Arguments) -> Outcome {
         Command::Serve(arguments) => serve::run(&arguments, output),
         Command::Tokenize(arguments) => tokenize::run(&arguments, output),
         Command::Convert(arguments) => convert::run(&arguments, output),
+        Command::Lm { command } => lm::run(&command, output),
         Command::Tier { command } => tier::run(&command, output),
         Command::Doctor(arguments) => doctor::run(&arguments, output),
         Command::Conformance(arguments) => conformance::run(&arguments, output),

@@ -62,15 +62,55 @@ pub(super) fn compute(
             let y = only(outputs)?.as_mut_slice();
             rope_angles(bytemuck::cast_slice(positions.bytes), *dims, *base, &scaling, y);
         }
-        LmOp::Rope { heads, interleaved } => {
+        LmOp::Rope { heads, offset, interleaved } => {
             let (x, angles) = (required(inputs, 0, "x")?, required(inputs, 1, "angles")?);
             let dims = angles.dims[1];
             let head_len = x.dims[1] / (*heads).max(1);
             let y: &mut [f32] = only(outputs)?.as_mut_slice();
             y.copy_from_slice(bytemuck::cast_slice(x.bytes));
             let pairing = if *interleaved { RopePairing::Interleaved } else { RopePairing::Halves };
-            let shape = RopeShape { dims, ..RopeShape::whole(*heads, head_len, pairing) };
+            let shape = RopeShape { dims, offset: *offset, ..RopeShape::whole(*heads, head_len, pairing) };
             rotate(pool, &shape, y, x.dims[0], bytemuck::cast_slice(angles.bytes));
+        }
+        LmOp::HeadMatMul { format, heads } => {
+            let (x, w) = (required(inputs, 0, "x")?, required(inputs, 1, "w")?);
+            let (rows, len, n) = (x.dims[0], x.dims[1] / heads, w.dims[0] / heads);
+            let row_bytes = w.bytes.len() / w.dims[0].max(1);
+            let k = row_len(*format, row_bytes);
+            let x: &[f32] = bytemuck::cast_slice(x.bytes);
+            let y: &mut [f32] = only(outputs)?.as_mut_slice();
+            let (of_head, scratch) = bytemuck::cast_slice_mut(workspace).split_at_mut(rows * k);
+            for head in 0..*heads {
+                for (to, from) in of_head.chunks_exact_mut(k.max(1)).zip(x.chunks_exact(heads * len)) {
+                    to.copy_from_slice(&from[head * len..][..k]);
+                }
+                let w = &w.bytes[head * n * row_bytes..][..n * row_bytes];
+                BlockActivations::new(pool, *format, k, of_head, rows, scratch).matmul(
+                    pool,
+                    *format,
+                    w,
+                    n,
+                    &mut y[head * n..],
+                    heads * n,
+                );
+            }
+        }
+        LmOp::JoinHeads { heads, pieces } => {
+            let y: &mut [f32] = only(outputs)?.as_mut_slice();
+            let len: usize = pieces.iter().map(|p| p.len).sum();
+            let mut at = 0;
+            for piece in pieces {
+                let x = required(inputs, piece.input, "a piece's operand")?;
+                let (width, of) = (x.dims[1], if piece.shared { 1 } else { *heads });
+                let x: &[f32] = bytemuck::cast_slice(x.bytes);
+                for (y, x) in y.chunks_exact_mut((heads * len).max(1)).zip(x.chunks_exact(width.max(1))) {
+                    for head in 0..*heads {
+                        let from = if piece.shared { 0 } else { head * (width / of) } + piece.offset;
+                        y[head * len + at..][..piece.len].copy_from_slice(&x[from..][..piece.len]);
+                    }
+                }
+                at += piece.len;
+            }
         }
         LmOp::CacheStore { values, format, heads, page_len } => {
             let rows = required(inputs, 1, "rows")?;
@@ -229,6 +269,13 @@ pub(super) fn workspace_bytes(op: &LmOp, inputs: &[Option<&TensorType>], threads
     let values = match op {
         LmOp::BlockMatMul { format } => match dims(0)[..] {
             [rows, k] => block_matmul_scratch_len(*format, k, rows),
+            _ => 0,
+        },
+        LmOp::HeadMatMul { format, .. } => match (&dims(0)[..], &dims(1)[..]) {
+            (&[rows, _], &[_, row_bytes]) => {
+                let k = row_len(*format, row_bytes);
+                rows * k + block_matmul_scratch_len(*format, k, rows)
+            }
             _ => 0,
         },
         LmOp::CachedAttention(a) => match (&dims(0)[..], &dims(4)[..]) {

@@ -3,7 +3,7 @@
 use lightering_units::BlockFormat;
 
 use super::operands::*;
-use crate::{CachedAttentionAttributes, DType, Dim, LmOp, ValueType};
+use crate::{CachedAttentionAttributes, DType, Dim, HeadPiece, LmOp, ValueType};
 
 /// The elements of rows in blocks whose bytes are the last dimension of `w`.
 fn row_len(w: &Known, format: BlockFormat) -> Rule<Dim> {
@@ -101,16 +101,46 @@ pub(super) fn language(o: &Operands<'_>, op: &LmOp) -> Rule<Vec<ValueType>> {
             }
             vec![floats(positions.dim(0), Dim::Fixed(*dims))]
         }
-        LmOp::Rope { heads, .. } => {
+        LmOp::Rope { heads, offset, .. } => {
             let (x, angles) = (rows_of(o, 0, "x")?, rows_of(o, 1, "angles")?);
             same_size("rows of x and of angles", &x.dim(0), &angles.dim(0))?;
             let head = divided(&x.dim(1), *heads, "the length of x by its heads")?;
             if let (Dim::Fixed(head), Dim::Fixed(dims)) = (head, angles.dim(1))
-                && dims > head
+                && offset.checked_add(dims).is_none_or(|end| end > head)
             {
-                return Err(format!("{dims} elements of a head of {head} cannot be turned"));
+                return Err(format!("{dims} elements from {offset} on of a head of {head} cannot be turned"));
             }
             vec![x.to_type()]
+        }
+        LmOp::HeadMatMul { format, heads } => {
+            let (x, w) = (rows_of(o, 0, "x")?, weight(o, 1, "w", 2)?);
+            let head = divided(&x.dim(1), *heads, "the length of x by its heads")?;
+            divided(&w.dim(0), *heads, "rows of weights by heads")?;
+            if let (Dim::Fixed(head), Dim::Fixed(k)) = (head, row_len(&w, *format)?)
+                && k > head
+            {
+                return Err(format!("rows of {k} weights for heads of {head}"));
+            }
+            vec![floats(x.dim(0), w.dim(0))]
+        }
+        LmOp::JoinHeads { heads, pieces } => {
+            let a = rows_of(o, 0, "a")?;
+            let mut len = 0usize;
+            for piece in pieces {
+                let from = rows_of(o, piece.input, "a piece's operand")?;
+                same_size("rows of the operands", &a.dim(0), &from.dim(0))?;
+                let of = if piece.shared { 1 } else { *heads };
+                let head = divided(&from.dim(1), of, "the length of a piece's operand by its heads")?;
+                let end = piece.offset.checked_add(piece.len);
+                if let Dim::Fixed(head) = head
+                    && end.is_none_or(|end| end > head)
+                {
+                    let HeadPiece { offset, len, .. } = piece;
+                    return Err(format!("a piece of {len} elements from {offset} on of heads of {head}"));
+                }
+                len = len.saturating_add(piece.len);
+            }
+            vec![floats(a.dim(0), Dim::Fixed(heads.saturating_mul(len)))]
         }
         LmOp::CacheStore { format, heads, page_len, .. } => {
             let (cache, rows) = (weight(o, 0, "cache", 2)?, rows_of(o, 1, "rows")?);

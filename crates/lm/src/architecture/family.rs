@@ -35,8 +35,13 @@ pub(crate) struct Family {
     pub activation: UnaryOp,
     /// Embeddings are multiplied by the root of their width.
     pub scales_embeddings: bool,
+    /// Every so many layers one sees everything; the others have a window. 0: all have it.
     pub window_period: usize,
-    /// Whether layers without a window have no positions (NoPE).
+    /// That layer is the first of the period rather than the last.
+    pub window_last: bool,
+    /// Positions of the window where the metadata names none; 0: there is none.
+    pub window: usize,
+    /// Whether layers without a window have no positions (NoPE), in models where others have one.
     pub rope_only_in_windows: bool,
     /// The router reads the hidden state before the attention.
     pub early_router: bool,
@@ -55,6 +60,8 @@ const LLAMA: Family = Family {
     activation: SILU,
     scales_embeddings: false,
     window_period: 0,
+    window_last: false,
+    window: 0,
     rope_only_in_windows: false,
     early_router: false,
     rope_base_local: None,
@@ -62,13 +69,10 @@ const LLAMA: Family = Family {
     normalise_experts: true,
 };
 
-const FAMILIES: [Family; 9] = [
+const FAMILIES: [Family; 10] = [
     LLAMA,
-    Family {
-        names: &["qwen2", "qwen3", "qwen3moe", "phi3", "phimoe"],
-        positions: Positions::RopeHalves,
-        ..LLAMA
-    },
+    Family { names: &["qwen2", "qwen3", "qwen3moe", "phi3"], positions: Positions::RopeHalves, ..LLAMA },
+    Family { names: &["phimoe"], norm: Norm::Layer, positions: Positions::RopeHalves, ..LLAMA },
     Family {
         names: &["qwen2moe", "olmoe"],
         positions: Positions::RopeHalves,
@@ -89,6 +93,7 @@ const FAMILIES: [Family; 9] = [
         activation: GELU,
         scales_embeddings: true,
         window_period: 2,
+        window: 4096,
         ..LLAMA
     },
     Family {
@@ -106,6 +111,7 @@ const FAMILIES: [Family; 9] = [
         positions: Positions::RopeHalves,
         activation: UnaryOp::Relu,
         window_period: 4,
+        window_last: true,
         rope_only_in_windows: true,
         early_router: true,
         scoring: RouteScoring::Sigmoid,

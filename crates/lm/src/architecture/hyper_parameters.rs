@@ -1,6 +1,6 @@
 //! The numbers that describe a decoder, as the metadata of its file gives them.
 
-use lightering_formats::gguf::{GgufFile, Metadata, Value};
+use lightering_formats::gguf::{Array, GgufFile, Metadata, Value};
 use lightering_graph::{RopeScaling, RouteScoring};
 
 use super::family::Family;
@@ -45,8 +45,8 @@ pub struct HyperParameters {
     pub rope_magnitude: f32,
     /// Positions that layers with a window see.
     pub window: Option<usize>,
-    /// Every so many layers one sees everything; the others have a window. 0: all have it.
-    pub window_period: usize,
+    /// The layers that see only so many, where there is a window.
+    pub local: Vec<bool>,
     /// Factor of attention scores.
     pub attention_scale: f32,
     /// Soft cap of attention scores.
@@ -59,8 +59,22 @@ pub struct HyperParameters {
     pub residual_scale: f32,
     /// Divisor of logits.
     pub logit_divisor: f32,
+    /// Compressed keys and values, in models that have them.
+    pub compressed: Option<CompressedParameters>,
     /// The experts, in models that have them.
     pub experts: Option<ExpertParameters>,
+}
+
+/// Keys and values that are computed from one compressed row (multi-head latent attention: DeepSeek-V2,
+/// arXiv 2405.04434, §2.1).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CompressedParameters {
+    /// Elements of the compressed row.
+    pub rank: usize,
+    /// Elements of a key, of which the last are turned.
+    pub key_len: usize,
+    /// Elements of a value.
+    pub value_len: usize,
 }
 
 /// The experts of a mixture.
@@ -132,6 +146,37 @@ impl Keys<'_> {
             Some(_) => Ok(Some(vec![self.required(name, WIDTH_MAX)?; layers])),
         }
     }
+
+    /// Which layers see only a window: said for each, by a period, or not at all.
+    fn local_layers(&self, layers: usize, window: Option<usize>, family: &Family) -> Result<Vec<bool>> {
+        if window.is_none() {
+            return Ok(vec![false; layers]);
+        }
+        let key = self.key("attention.sliding_window_pattern");
+        let listed = match self.metadata.get(&key) {
+            Some(Value::Array(Array::Bool(list))) => Some(list.clone()),
+            Some(Value::Array(_)) => {
+                let list = self.metadata.get_u64s(&key)?.unwrap_or_default();
+                Some(list.into_iter().map(|n| n != 0).collect())
+            }
+            _ => None,
+        };
+        if let Some(mut list) = listed {
+            if list.len() < layers {
+                let what = format!("{} entries", list.len());
+                return Err(Error::invalid(key, what, format!("one for each of {layers} layers")));
+            }
+            list.truncate(layers);
+            return Ok(list);
+        }
+        let name = "attention.sliding_window_pattern";
+        let period = self.size(name, LAYERS_MAX)?.unwrap_or(family.window_period);
+        let whole = |layer: usize| match family.window_last {
+            true => layer.is_multiple_of(period),
+            false => (layer + 1).is_multiple_of(period),
+        };
+        Ok((0..layers).map(|layer| period == 0 || !whole(layer)).collect())
+    }
 }
 
 impl HyperParameters {
@@ -190,7 +235,8 @@ impl HyperParameters {
                 return Err(Error::invalid("token_embd.weight", "no such tensor", "the token embeddings"));
             }
         };
-        let window = keys.size("attention.sliding_window", 1 << 31)?.filter(|&w| w > 0);
+        let window = keys.size("attention.sliding_window", 1 << 31)?.unwrap_or(family.window);
+        let window = Some(window).filter(|&w| w > 0);
         let experts = match keys.size("expert_count", WIDTH_MAX)?.filter(|&n| n > 0) {
             None => None,
             Some(count) => {
@@ -201,6 +247,10 @@ impl HyperParameters {
                         used,
                         format!("at most the {count} experts that there are"),
                     ));
+                }
+                if let Some(groups) = keys.size("expert_group_count", WIDTH_MAX)?.filter(|&n| n > 1) {
+                    let what = format!("a choice among {groups} groups of experts");
+                    return Err(Error::unsupported(keys.key("expert_group_count"), what));
                 }
                 let scoring = match keys.size("expert_gating_func", 16)? {
                     None | Some(0) => family.scoring,
@@ -228,10 +278,28 @@ impl HyperParameters {
             None if family.scales_embeddings => (width as f32).sqrt(),
             None => 1.0,
         };
-        let attention_scale = match keys.float("attention.scale")?.filter(|&s| s != 0.0) {
+        let compressed = compressed(&keys, key_len, value_len, rope_dims)?;
+        let rope_scaling = rope_scaling(&keys, context)?;
+        let mut rope_magnitude = keys.float("rope.scaling.attn_factor")?.filter(|&m| m > 0.0).unwrap_or(1.0);
+        let mut attention_scale = match keys.float("attention.scale")?.filter(|&s| s != 0.0) {
             Some(scale) => scale,
-            None => family.attention_scale(width, heads[0], key_len, layers),
+            None => {
+                let key_len = compressed.map_or(key_len, |c| c.key_len);
+                family.attention_scale(width, heads[0], key_len, layers)
+            }
         };
+        if let (Some(_), RopeScaling::Yarn { factor, .. }) = (compressed, rope_scaling) {
+            // DeepSeek stretches the scores instead of the rotation, where it says by how much.
+            let usual = 1.0 + 0.1 * factor.ln();
+            let stretch = match keys.float("rope.scaling.yarn_log_multiplier")?.filter(|&m| m != 0.0) {
+                Some(multiplier) => {
+                    rope_magnitude /= usual;
+                    1.0 + multiplier * factor.ln()
+                }
+                None => usual,
+            };
+            attention_scale *= stretch * stretch;
+        }
         Ok(HyperParameters {
             layers,
             width,
@@ -242,17 +310,18 @@ impl HyperParameters {
             epsilon,
             rope_dims,
             rope_base: keys.float("rope.freq_base")?.unwrap_or(10_000.0),
-            rope_base_local: family.rope_base_local,
-            rope_scaling: rope_scaling(&keys, context)?,
-            rope_magnitude: keys.float("rope.scaling.attn_factor")?.filter(|&m| m > 0.0).unwrap_or(1.0),
+            rope_base_local: keys.float("rope.freq_base_swa")?.or(family.rope_base_local),
+            rope_scaling,
+            rope_magnitude,
+            local: keys.local_layers(layers, window, family)?,
             window,
-            window_period: family.window_period,
             attention_scale,
             attention_softcap: keys.float("attn_logit_softcapping")?.filter(|&c| c > 0.0),
             logit_softcap: keys.float("final_logit_softcapping")?.filter(|&c| c > 0.0),
             embedding_scale,
             residual_scale: keys.float("residual_scale")?.filter(|&s| s != 0.0).unwrap_or(1.0),
             logit_divisor: keys.float("logit_scale")?.filter(|&s| s != 0.0).unwrap_or(1.0),
+            compressed,
             experts,
             heads,
             kv_heads,
@@ -262,8 +331,32 @@ impl HyperParameters {
 
     /// Whether a layer sees only the last positions.
     pub fn has_window(&self, layer: usize) -> bool {
-        self.window.is_some() && (self.window_period == 0 || !(layer + 1).is_multiple_of(self.window_period))
+        self.local.get(layer).copied().unwrap_or(false)
     }
+}
+
+fn compressed(
+    keys: &Keys<'_>,
+    key_len: usize,
+    value_len: usize,
+    rope_dims: usize,
+) -> Result<Option<CompressedParameters>> {
+    let Some(rank) = keys.size("attention.kv_lora_rank", WIDTH_MAX)?.filter(|&n| n > 0) else {
+        return Ok(None);
+    };
+    // Files whose caches hold the compressed row say the lengths of a head apart.
+    let of_head =
+        |name, other| Ok::<_, Error>(keys.size(name, WIDTH_MAX)?.filter(|&n| n > 0).unwrap_or(other));
+    let key_len = of_head("attention.key_length_mla", key_len)?;
+    let value_len = of_head("attention.value_length_mla", value_len)?;
+    if rope_dims == 0 || rope_dims >= key_len {
+        return Err(Error::invalid(
+            keys.key("rope.dimension_count"),
+            rope_dims,
+            format!("fewer than the {key_len} elements of a key, and some"),
+        ));
+    }
+    Ok(Some(CompressedParameters { rank, key_len, value_len }))
 }
 
 fn rope_scaling(keys: &Keys<'_>, context: usize) -> Result<RopeScaling> {

@@ -1,12 +1,12 @@
 //! One block of a decoder: attention, then a feed-forward network or experts.
 
 use lightering_graph::{
-    BinaryOp, CachedAttentionAttributes, DType, LmOp, Op, RopeScaling, RouteScoring, TensorType, UnaryOp,
-    ValueId,
+    BinaryOp, CachedAttentionAttributes, DType, HeadPiece, LmOp, Op, RopeScaling, RouteScoring, TensorType,
+    UnaryOp, ValueId,
 };
 
 use super::family::Positions;
-use super::{Builder, Matrix};
+use super::{Builder, CompressedParameters, Matrix};
 use crate::{Error, Result};
 
 /// Queries, keys and values of a layer.
@@ -55,11 +55,8 @@ impl Builder<'_> {
     }
 
     fn attention(&mut self, layer: usize, x: ValueId) -> Result<ValueId> {
-        if self.has(&format!("blk.{layer}.attn_kv_a_mqa.weight")) {
-            return Err(Error::unsupported(
-                format!("blk.{layer}.attn_kv_a_mqa.weight"),
-                "attention with compressed keys and values (MLA)",
-            ));
+        if let Some(compressed) = self.p.compressed {
+            return self.compressed_attention(layer, x, compressed);
         }
         let name = |part: &str| format!("blk.{layer}.{part}");
         let (heads, kv_heads) = (self.p.heads[layer], self.p.kv_heads[layer]);
@@ -68,11 +65,16 @@ impl Builder<'_> {
         q = self.head_norm(&name("attn_q_norm"), q, heads, key_len)?;
         k = self.head_norm(&name("attn_k_norm"), k, kv_heads, key_len)?;
         let local = self.p.has_window(layer);
-        if self.family.positions != Positions::Learned && (local || !self.family.rope_only_in_windows) {
+        let turned = local || !self.family.rope_only_in_windows || self.p.window.is_none();
+        if self.family.positions != Positions::Learned && turned {
             let angles = self.rope_angles(layer, local)?;
             let interleaved = self.family.positions == Positions::RopeNeighbours;
-            q = self.lm(name("q turned"), LmOp::Rope { heads, interleaved }, &[q, angles]);
-            k = self.lm(name("k turned"), LmOp::Rope { heads: kv_heads, interleaved }, &[k, angles]);
+            q = self.lm(name("q turned"), LmOp::Rope { heads, offset: 0, interleaved }, &[q, angles]);
+            k = self.lm(
+                name("k turned"),
+                LmOp::Rope { heads: kv_heads, offset: 0, interleaved },
+                &[k, angles],
+            );
         }
         let keys = self.cached(&name("keys"), k, false, kv_heads, key_len)?;
         let values = self.cached(&name("values"), v, true, kv_heads, value_len)?;
@@ -91,6 +93,88 @@ impl Builder<'_> {
         inputs.extend(self.optional_vector(&name("attn_sinks.weight"), heads)?);
         let y = self.lm(name("attention"), LmOp::CachedAttention(attributes), &inputs);
         self.linear(&name("attn_output"), y, heads * value_len, self.p.width)
+    }
+
+    /// Multi-head latent attention: keys and values of all heads come from one compressed row, beside which a key has
+    /// turned elements that all heads share.
+    ///
+    /// Where the file has the matrices of keys and values apart, the cache holds the compressed row: queries pass
+    /// through the matrix of keys instead, and the weighted sum of rows through that of values. Where it has them as
+    /// one, the cache holds keys and values of each head.
+    fn compressed_attention(
+        &mut self,
+        layer: usize,
+        x: ValueId,
+        CompressedParameters { rank, key_len, value_len }: CompressedParameters,
+    ) -> Result<ValueId> {
+        let (d, heads, turned) = (self.p.width, self.p.heads[layer], self.p.rope_dims);
+        let plain = key_len - turned;
+        let name = |part: &str| format!("blk.{layer}.{part}");
+        let mut q = x;
+        let mut q_len = d;
+        let mut q_matrix = "attn_q";
+        if self.has(&name("attn_q_a.weight")) {
+            let w = self.matrix(&name("attn_q_a.weight"), d, 0)?;
+            q_len = w.n;
+            q = self.product(&name("attn_q_a"), x, w, None);
+            q = self.norm(&name("attn_q_a_norm"), q, q_len)?;
+            q_matrix = "attn_q_b";
+        }
+        q = self.linear(&name(q_matrix), q, q_len, heads * key_len)?;
+        let down = name("attn_kv_a_mqa.weight");
+        let w = self.matrix_part(&down, d, rank + turned, 0, rank)?;
+        let row = self.product(&name("compressed"), x, w, None);
+        let row = self.norm(&name("attn_kv_a_norm"), row, rank)?;
+        let w = self.matrix_part(&down, d, rank + turned, rank, turned)?;
+        let shared = self.product(&name("shared key"), x, w, None);
+        let angles = self.rope_angles(layer, false)?;
+        let interleaved = self.family.positions == Positions::RopeNeighbours;
+        let rope = LmOp::Rope { heads, offset: plain, interleaved };
+        q = self.lm(name("q turned"), rope, &[q, angles]);
+        let rope = LmOp::Rope { heads: 1, offset: 0, interleaved };
+        let shared = self.lm(name("shared key turned"), rope, &[shared, angles]);
+        let piece = |input, shared, offset, len| HeadPiece { input, shared, offset, len };
+        let absorbed = !self.has(&name("attn_kv_b.weight"));
+        let (k, v, kv_heads, cached_key, cached_value);
+        if absorbed {
+            let w = self.head_matrices(&name("attn_k_b.weight"), plain, rank, heads)?;
+            let op = LmOp::HeadMatMul { format: w.format, heads };
+            let through = self.lm(name("q through keys"), op, &[q, w.value]);
+            let pieces = vec![piece(0, false, 0, rank), piece(1, false, plain, turned)];
+            q = self.lm(name("q joined"), LmOp::JoinHeads { heads, pieces }, &[through, q]);
+            let pieces = vec![piece(0, true, 0, rank), piece(1, true, 0, turned)];
+            k = self.lm(name("k joined"), LmOp::JoinHeads { heads: 1, pieces }, &[row, shared]);
+            v = row;
+            (kv_heads, cached_key, cached_value) = (1, rank + turned, rank);
+        } else {
+            let both = self.linear(&name("attn_kv_b"), row, rank, heads * (plain + value_len))?;
+            let pieces = vec![piece(0, false, 0, plain), piece(1, true, 0, turned)];
+            k = self.lm(name("k joined"), LmOp::JoinHeads { heads, pieces }, &[both, shared]);
+            let pieces = vec![piece(0, false, plain, value_len)];
+            v = self.lm(name("v apart"), LmOp::JoinHeads { heads, pieces }, &[both]);
+            (kv_heads, cached_key, cached_value) = (heads, key_len, value_len);
+        }
+        let keys = self.cached(&name("keys"), k, false, kv_heads, cached_key)?;
+        let values = self.cached(&name("values"), v, true, kv_heads, cached_value)?;
+        let attributes = CachedAttentionAttributes {
+            format: self.cache.format,
+            heads,
+            kv_heads,
+            key_len: cached_key,
+            value_len: cached_value,
+            page_len: self.cache.page_len,
+            scale: self.p.attention_scale,
+            softcap: self.p.attention_softcap,
+            window: None,
+        };
+        let inputs = [q, keys, values, self.positions, self.pages];
+        let mut y = self.lm(name("attention"), LmOp::CachedAttention(attributes), &inputs);
+        if absorbed {
+            let w = self.head_matrices(&name("attn_v_b.weight"), rank, value_len, heads)?;
+            let op = LmOp::HeadMatMul { format: w.format, heads };
+            y = self.lm(name("values of heads"), op, &[y, w.value]);
+        }
+        self.linear(&name("attn_output"), y, heads * value_len, d)
     }
 
     /// Queries, keys and values: of three matrices, or of one that holds them one below the other.

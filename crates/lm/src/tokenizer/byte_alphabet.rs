@@ -1,7 +1,7 @@
 //! The 256 printable characters with which byte-level vocabularies write bytes (GPT-2's `bytes_to_unicode`).
 
 /// The character that stands for `byte`.
-pub(super) fn character(byte: u8) -> char {
+pub(crate) fn character(byte: u8) -> char {
     // Printable Latin-1 stands for itself; the other 68 bytes follow in order from U+0100.
     let shifted = match byte {
         b'!'..=b'~' | 0xa1..=0xac | 0xae..=0xff => u32::from(byte),
