@@ -56,7 +56,7 @@ PROMPTS = [
     "0123456789 " * 17,
 ]
 TOKENS = 12
-LISTED = 10
+LISTED = 20
 # Both may only take these tokens: llama.cpp tells no probabilities while its text ends within a character. What is
 # told of a token is its probability among all. The text is longer than the answers, so that it cannot end early.
 ALLOWED = "[a-z0-9 ]{64,}"
@@ -118,7 +118,7 @@ def run_reference(model, context):
         choice = answer["choices"][0] if "choices" in answer else answer
         probabilities = choice.get("logprobs") or choice
         listed = probabilities.get("content") or probabilities.get("completion_probabilities") or []
-        answers.append([(t["id"], {o["id"]: o["logprob"] for o in t["top_logprobs"]}) for t in listed])
+        answers.append([(t["id"], {o["id"]: o["logprob"] for o in t["top_logprobs"]} | {t["id"]: t["logprob"]}) for t in listed])
     print("\nANSWER " + json.dumps(answers), flush=True)
     # Its threads may not end by themselves.
     os._exit(0)

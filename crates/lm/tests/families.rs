@@ -1,0 +1,274 @@
+//! Every family of decoders at the size of a toy: builds, runs, gives the same bits however it is fed and whatever
+//! memory it has, and answers damaged files with errors.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use lightering_engine::{EngineError, ExpertOptions, PlanOptions};
+use lightering_formats::gguf::{GgufFile, Value};
+use lightering_graph::CacheFormat;
+use lightering_lm::{
+    CacheOptions, Decoder, DecoderOptions, LanguageModel, Row, SyntheticOptions, TokenModel, synthetic_names,
+    write_synthetic,
+};
+use lightering_meter::MachineProfile;
+use lightering_tier::ByteSource;
+use lightering_units::{BlockFormat, Bytes};
+
+/// More than the window of the smallest models.
+const LEN: usize = 40;
+const CONTEXT: usize = 64;
+const PAGE: usize = 16;
+
+fn file_of(name: &str, format: BlockFormat) -> Vec<u8> {
+    let mut options = SyntheticOptions::like(name);
+    options.tiny = true;
+    options.format = format;
+    let mut file = Vec::new();
+    write_synthetic(&options, &mut file).unwrap();
+    file
+}
+
+/// A file in memory that counts what is read of it.
+struct Counted(Vec<u8>, AtomicU64);
+
+impl ByteSource for Counted {
+    fn len_bytes(&self) -> Bytes {
+        self.0.len_bytes()
+    }
+
+    fn read_at(&self, offset: u64, buffer: &mut [u8]) -> std::io::Result<()> {
+        self.1.fetch_add(buffer.len() as u64, Ordering::Relaxed);
+        self.0.read_at(offset, buffer)
+    }
+
+    fn bytes_read(&self) -> Bytes {
+        Bytes(self.1.load(Ordering::Relaxed))
+    }
+
+    fn name(&self) -> String {
+        "a synthetic model".to_owned()
+    }
+}
+
+fn decoder(file: &[u8]) -> lightering_lm::Result<Decoder> {
+    let source = Arc::new(Counted(file.to_vec(), AtomicU64::new(0)));
+    let parsed = GgufFile::read(&*source)?;
+    let cache = CacheOptions {
+        format: CacheFormat::F16,
+        page_len: PAGE,
+        pages: 2 * CONTEXT / PAGE,
+        context: CONTEXT,
+    };
+    Decoder::new(&parsed, source, DecoderOptions { cache, rows: 8, wanted: 2 })
+}
+
+fn start(decoder: &Decoder, budget: Option<Bytes>) -> Result<LanguageModel, EngineError> {
+    let profile = MachineProfile::conservative();
+    decoder.start(
+        &PlanOptions { budget, threads: 2, profile, direct_reads: false },
+        &ExpertOptions::default(),
+        false,
+    )
+}
+
+fn tokens(of: u32) -> Vec<u32> {
+    (0..LEN as u32).map(|i| (i * (7 + 4 * of) + 31 * of) % 256).collect()
+}
+
+fn pages(of: u32) -> Vec<u32> {
+    // Neither in order nor side by side.
+    (0..(CONTEXT / PAGE) as u32).rev().map(|page| 2 * page + of).collect()
+}
+
+/// The bits of the logits after the last token of the first sequence, fed `chunk` tokens at a time, each step with as
+/// many of a second sequence if that is wanted; and the bytes that were read from the file meanwhile.
+fn last_logits(model: &mut LanguageModel, chunk: usize, beside: bool) -> (Vec<u32>, Bytes) {
+    let sequences = if beside { 2 } else { 1 };
+    let (tokens, pages) = ([tokens(0), tokens(1)], [pages(0), pages(1)]);
+    let (mut last, mut read) = (Vec::new(), 0);
+    for from in (0..LEN).step_by(chunk) {
+        let mut rows = Vec::new();
+        for i in from..(from + chunk).min(LEN) {
+            // The other one first, so that rows are not where they are alone.
+            for of in (0..sequences).rev() {
+                rows.push(Row {
+                    token: tokens[of][i],
+                    position: i as u32,
+                    pages: &pages[of],
+                    wants_logits: i + 1 == LEN,
+                });
+            }
+        }
+        let mine = rows.len() - 1;
+        let report = model
+            .step(&rows, &mut |row, logits| {
+                assert!(logits.iter().all(|x| x.is_finite()));
+                if row == mine {
+                    last = logits.iter().map(|x| x.to_bits()).collect();
+                }
+            })
+            .unwrap();
+        read += report.bytes_read.0;
+    }
+    (last, Bytes(read))
+}
+
+#[test]
+fn bits_depend_neither_on_chunks_nor_on_neighbours() {
+    for name in synthetic_names() {
+        for format in [BlockFormat::F16, BlockFormat::Q8_0] {
+            let decoder = decoder(&file_of(name, format)).unwrap_or_else(|e| panic!("{name}: {e}"));
+            let mut model = start(&decoder, None).unwrap();
+            let (expected, _) = last_logits(&mut model, 1, false);
+            let different = expected.iter().collect::<std::collections::HashSet<_>>().len();
+            assert!(different > expected.len() / 2, "{name}: only {different} different logits");
+            for (chunk, beside) in [(7, false), (8, false), (1, true), (4, true)] {
+                let (found, _) = last_logits(&mut model, chunk, beside);
+                assert!(
+                    found == expected,
+                    "{name} {format}: other bits in chunks of {chunk}, beside {beside}"
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn bits_do_not_depend_on_the_budget() {
+    for name in synthetic_names() {
+        let decoder = decoder(&file_of(name, BlockFormat::Q8_0)).unwrap();
+        let mut resident = start(&decoder, None).unwrap();
+        let (expected, _) = last_logits(&mut resident, 5, false);
+        let peak = resident.plan().predicted_peak;
+        for part in [2, 3] {
+            let mut budget = Bytes(peak.0 / part);
+            let mut started = start(&decoder, Some(budget));
+            // At the size of a toy, a third can be less than attention alone takes; then the least that is said to do.
+            if let (3, Err(EngineError::Budget { smallest, .. })) = (part, &started) {
+                assert!(smallest.0 < peak.0 / 2, "{name}: {smallest} of {peak} are needed");
+                budget = *smallest;
+                started = start(&decoder, Some(budget));
+            }
+            let mut model = started.unwrap_or_else(|e| panic!("{name} at {budget} of {peak}: {e}"));
+            assert!(model.plan().predicted_peak <= budget, "{name}");
+            let (found, read) = last_logits(&mut model, 5, false);
+            assert!(read > Bytes::ZERO, "{name} at {budget} of {peak}: nothing was read");
+            assert!(found == expected, "{name}: other bits at 1/{part} of {peak}");
+        }
+    }
+}
+
+/// Where `name` stands in the header, with its length in front.
+fn place(file: &[u8], name: &str) -> usize {
+    let mut needle = (name.len() as u64).to_le_bytes().to_vec();
+    needle.extend(name.as_bytes());
+    file.windows(needle.len()).position(|w| w == needle).unwrap() + 8
+}
+
+#[test]
+fn missing_and_misshapen_tensors_are_named() {
+    for name in synthetic_names() {
+        let file = file_of(name, BlockFormat::Q8_0);
+        let parsed = GgufFile::read(&file).unwrap();
+        let listed = |t: &str| !t.starts_with("blk.") || t.starts_with("blk.1.");
+        let mut named = 0;
+        for tensor in parsed.tensors.iter().filter(|t| listed(&t.name)) {
+            let at = place(&file, &tensor.name);
+            let mut without = file.clone();
+            without[at] = b'X';
+            // Some tensors may be left out: norms that not all models of an architecture have, biases, factors.
+            if let Err(error) = decoder(&without) {
+                let text = error.to_string();
+                let stem = tensor.name.trim_end_matches(".weight");
+                // Where one of two forms of attention is missing, the other one is asked for.
+                let other = stem.replace("kv_b", "k_b").replace("attn_qkv", "attn_q");
+                let other = other.replace("ffn_gate", "ffn_");
+                assert!(
+                    text.contains(stem) || text.contains(&other),
+                    "{name} without {}: {text}",
+                    tensor.name
+                );
+                named += 1;
+            }
+            let mut misshapen = file.clone();
+            let dims = at + tensor.name.len() + 4;
+            let last = dims + 8 * (tensor.dims.len() - 1);
+            // A shorter tensor still lies within the file.
+            let shorter = tensor.dims.last().unwrap() - 1;
+            misshapen[last..last + 8].copy_from_slice(&shorter.to_le_bytes());
+            match decoder(&misshapen) {
+                Ok(_) => {
+                    // Any number of rows will do, or this context does not need it.
+                    let free = ["token_embd", "position_embd", "rope_factors_long"]
+                        .iter()
+                        .any(|f| tensor.name.starts_with(f));
+                    assert!(free, "{name}: {} with {shorter} rows is taken", tensor.name);
+                }
+                Err(error) => {
+                    let text = error.to_string();
+                    let layer = tensor.name.split('.').take(2).collect::<Vec<_>>().join(".");
+                    assert!(
+                        text.contains(&layer) || text.contains("weight"),
+                        "{name} {}: {text}",
+                        tensor.name
+                    );
+                }
+            }
+        }
+        assert!(named >= 6, "{name}: only {named} tensors are needed");
+    }
+}
+
+#[test]
+fn absurd_numbers_are_errors() {
+    for name in synthetic_names() {
+        let file = file_of(name, BlockFormat::Q8_0);
+        let parsed = GgufFile::read(&file).unwrap();
+        let mut refused = 0;
+        for (key, value) in parsed.metadata.iter().filter(|(key, _)| !key.starts_with("tokenizer")) {
+            let at = place(&file, key) + key.len() + 4;
+            let absurd: &[[u8; 4]] = match value {
+                Value::U32(_) => &[0, 1, 7, 1 << 20, 1 << 31, u32::MAX].map(u32::to_le_bytes),
+                Value::F32(_) => &[f32::NAN, f32::INFINITY, -1.0, 0.0].map(f32::to_le_bytes),
+                _ => continue,
+            };
+            for bytes in absurd {
+                let mut damaged = file.clone();
+                damaged[at..at + 4].copy_from_slice(bytes);
+                // Whatever is taken has been checked against the tensors; what is not says where.
+                if let Err(error) = decoder(&damaged) {
+                    assert!(error.to_string().len() > 20, "{name} {key}: {error}");
+                    refused += 1;
+                }
+            }
+        }
+        assert!(refused >= 20, "{name}: only {refused} absurd numbers are refused");
+    }
+}
+
+#[test]
+fn sizes_are_kept_and_names_are_told() {
+    let mut options = SyntheticOptions::like("qwen3-30b-a3b");
+    options.size_max = Some(Bytes(3 << 30));
+    options.vocabulary = Some(1000);
+    struct Count(u64);
+    impl std::io::Write for Count {
+        fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+            self.0 += bytes.len() as u64;
+            Ok(bytes.len())
+        }
+        fn flush(&mut self) -> std::io::Result<()> {
+            Ok(())
+        }
+    }
+    let mut written = Count(0);
+    let model = write_synthetic(&options, &mut written).unwrap();
+    assert!(written.0 <= 3 << 30, "{} bytes", written.0);
+    assert!(model.layers[0] >= 5 && model.layers[0] < 48, "{:?}", model.layers);
+    options.size_max = Some(Bytes(1 << 20));
+    let error = write_synthetic(&options, std::io::sink()).unwrap_err().to_string();
+    assert!(error.contains("at least"), "{error}");
+    let error = write_synthetic(&SyntheticOptions::like("no such"), std::io::sink()).unwrap_err().to_string();
+    assert!(error.contains("mixtral-8x7b"), "{error}");
+}
