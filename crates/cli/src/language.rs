@@ -21,6 +21,9 @@ const PAGE_LEN: usize = 32;
 /// What choosing a token takes for each token of the vocabulary: a copy of the logits, and candidates with theirs.
 const SAMPLING_BYTES_PER_TOKEN: u64 = 20;
 
+/// What threads that read and schedule, their queues and the events of an answer take.
+const SERVING_BYTES: Bytes = Bytes::kib(256);
+
 /// A language model that was read and not yet planned.
 pub struct LanguageFile {
     decoder: Decoder,
@@ -162,7 +165,7 @@ impl LanguageFile {
 
     fn held(&self, means: Means<'_>) -> Bytes {
         let sampling = self.parameters().vocabulary as u64 * SAMPLING_BYTES_PER_TOKEN;
-        held_beside(means, Bytes::ZERO) + Bytes(sampling * self.parallel as u64)
+        held_beside(means, Bytes::ZERO) + Bytes(sampling * self.parallel as u64) + SERVING_BYTES
     }
 
     /// Plans without allocating.

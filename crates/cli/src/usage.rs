@@ -23,13 +23,20 @@ pub struct Baseline {
     anonymous: Option<Bytes>,
     faults: Option<process::PageFaults>,
     cpu: Option<Seconds>,
+    /// Code that was resident at the start. A control group that is nearly full may take some of it away before the end.
+    code: Option<Bytes>,
 }
 
 impl Baseline {
     /// Makes the program's code resident and reads the kernel's counts; call it first thing.
     pub fn now() -> Baseline {
         lightering_tier::make_code_resident();
-        Baseline { anonymous: anonymous(), faults: process::page_faults(), cpu: process::cpu_time() }
+        Baseline {
+            anonymous: anonymous(),
+            faults: process::page_faults(),
+            cpu: process::cpu_time(),
+            code: process::binary_resident(),
+        }
     }
 
     /// Heap that came since: what readers and optimizers left behind.
@@ -62,7 +69,8 @@ impl Baseline {
     /// Code pages that are resident, and what was held before anything was read.
     pub fn fixed_cost_now(&self, not_code: Bytes) -> Option<Bytes> {
         let (binary, anonymous) = process::binary_resident().zip(self.anonymous)?;
-        Some(binary.saturating_sub(not_code) + anonymous)
+        let code = binary.saturating_sub(not_code).max(self.code.unwrap_or(Bytes::ZERO));
+        Some(code + anonymous)
     }
 
     /// The kernel's and the clock's counts up to now. `not_code` are bytes of the program file that are data of this

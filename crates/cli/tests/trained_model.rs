@@ -1,4 +1,4 @@
-//! The commands for language models on a trained one that is always here: what they answer.
+//! The commands for language models on a trained one that is always here: what they answer, and that budgets hold.
 
 use serde_json::Value;
 use std::path::{Path, PathBuf};
@@ -60,7 +60,7 @@ fn ids(report: &Value) -> Vec<u64> {
 }
 
 #[test]
-fn generating_tells_tokens_usage_and_the_smallest_budget() {
+fn generating_holds_any_budget_that_it_accepts_and_answers_the_same() {
     let folder = folder();
     let resident = generate(folder.path(), &[]);
     assert_eq!(resident["schema"], "lightering.generate/1");
@@ -82,7 +82,15 @@ fn generating_tells_tokens_usage_and_the_smallest_budget() {
     let smallest = number(&refused["smallest_memory_bytes"]);
     let all = number(&resident["receipt"]["predicted"]["planned_bytes"]);
     assert!((1 << 16..all).contains(&smallest), "{smallest} of {all}");
-    assert_eq!(refused["exit"], 3);
+    for share in [1, 2] {
+        let budget = smallest + (all - smallest) * share / 2;
+        let limited = generate(folder.path(), &["--memory", &budget.to_string()]);
+        let receipt = &limited["receipt"];
+        assert_eq!(ids(&limited), ids(&resident), "in {budget} bytes");
+        assert_eq!(number(&receipt["budget"]["memory_bytes"]), budget);
+        assert_eq!(receipt["budget"]["held"], true, "{receipt}");
+        assert!(number(&receipt["measured"]["peak_beyond_fixed_bytes"]) <= budget, "{receipt}");
+    }
 }
 
 #[test]
