@@ -4,7 +4,7 @@
     LLAMA_BIN=DIR bench/lm/budget.py MODEL.gguf [--shares 0.5 0.25] [--rounds 3] [--text FILE] [-- lighter's flags]
 
 First the model runs without a limit. Then, for each share of the file's size, lighter runs with that as --memory in a
-cgroup of that size and its fixed cost, and llama-bench (mmap) in a cgroup of the same size; pages of the file are dropped
+cgroup of that size and its fixed cost, and llama-completion (mmap) in a cgroup of the same size; pages of the file are dropped
 before. The disk's rate is measured on the file itself just before, by four threads with O_DIRECT.
 Writes bench/results/lm-budget-NAME.json and renders docs/language-models.md.
 """
@@ -16,6 +16,7 @@ import mmap
 import os
 import pathlib
 import random
+import re
 import statistics
 import subprocess
 import sys
@@ -89,12 +90,15 @@ def run_lighter(options, memory, limit):
 
 
 def run_llama(options, limit):
-    command = [LLAMA / "llama-bench", "-m", options.model, "-t", options.threads, "-r", 1, "-o", "json", "-p", 0,
-               "-n", options.llama_tokens, "--load-mode", "mmap", "--no-warmup"]
+    # Without repacking, which would need the weights a second time as memory of its own.
+    command = [LLAMA / "llama-completion", "-m", options.model, "-t", options.threads, "-p", "The", "-n",
+               options.llama_tokens + 1, "-c", 256, "--load-mode", "mmap", "--no-repack", "--no-warmup", "-no-cnv",
+               "--temp", 0, "--ignore-eos"]
     done, peak = contained(command, limit)
-    if done.returncode:
-        return {"error": done.stderr[-400:], "exit": done.returncode}
-    return {"answer": json.loads(done.stdout)[0]["avg_ts"], "cgroup_peak": peak}
+    rates = re.findall(r"(?<!prompt) eval time =.*?([\d.]+) tokens per second", done.stdout + done.stderr)
+    if done.returncode or not rates:
+        return {"error": (done.stderr or "killed")[-400:], "exit": done.returncode}
+    return {"answer": float(rates[-1]), "cgroup_peak": peak}
 
 
 def main():
@@ -113,7 +117,8 @@ def main():
     options = parser.parse_args()
     name = options.name or options.model.stem
     size, fixed = options.model.stat().st_size, lighter.doctor_fixed_bytes() or 0
-    result = measure.heading(" ".join(["bench/lm/budget.py", *sys.argv[1:]]).replace(str(pathlib.Path.home()), "~"))
+    words = [pathlib.Path(a).name if "/" in a else a for a in sys.argv[1:]]
+    result = measure.heading(" ".join(["bench/lm/budget.py", *words]))
     result |= {"model": name, "file_bytes": size, "threads": options.threads, "shares": []}
     resident = [run_lighter(options, None, None) for _ in range(options.rounds)]
     result["resident"] = {"answer": statistics.median(r["answer"] for r in resident),
