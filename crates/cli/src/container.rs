@@ -54,22 +54,22 @@ impl Container {
     }
 }
 
-/// Ends a command that runs models when it is given a language model, which it cannot run yet.
-pub fn refuse_language_model(path: &Path, command: &str) -> Outcome<()> {
+/// Ends a command that runs graphs when it is given something else.
+pub fn refuse_what_is_no_graph(path: &Path, command: &str) -> Outcome<()> {
     let place = path.display();
     match Container::of(path) {
         Container::Onnx => Ok(()),
         Container::Gguf => Err(Failure::input(
-            format!(
-                "{place}: language models (GGUF) cannot be run yet; expected an ONNX model for `lighter {command}`"
-            ),
-            format!("lighter inspect {place}, or lighter tokenize {place} TEXT"),
+            format!("{place}: is a language model (GGUF); expected an ONNX model for `lighter {command}`"),
+            format!("lighter generate {place} TEXT, or lighter chat {place}"),
         )),
         Container::Safetensors => Err(Failure::input(
             format!(
                 "{place}: weights without a graph (safetensors) cannot be run; expected an ONNX model for `lighter {command}`"
             ),
-            format!("lighter inspect {place}"),
+            format!(
+                "lighter inspect {place}, or lighter convert, which makes a language model of a checkpoint"
+            ),
         )),
     }
 }

@@ -308,13 +308,21 @@ fn bad_input_is_refused_with_its_place() {
 }
 
 #[test]
-fn what_cannot_run_yet_says_so_and_names_what_works() {
+fn what_cannot_run_says_so_and_names_what_works() {
     let s = Sandbox::new();
     s.write("model", gguf(|_| ()));
     s.write("weights", safetensors());
+    s.refused(&["run", "model"], &["a language model", "lighter generate model", "lighter chat model"]);
     for command in ["run", "plan", "bench"] {
-        let works = ["cannot be run yet", "lighter inspect model", "lighter tokenize model"];
-        s.refused(&[command, "model"], &works);
-        s.refused(&[command, "weights"], &["without a graph", "lighter inspect weights"]);
+        s.refused(&[command, "weights"], &["without a graph", "lighter inspect weights", "lighter convert"]);
+    }
+    // This file says nothing about the sizes of its layers.
+    for command in ["plan", "bench", "generate", "chat", "perplexity", "serve"] {
+        let arguments: &[&str] = match command {
+            "perplexity" => &[command, "model", "weights"],
+            "serve" => &[command, "model", "--port", "0"],
+            _ => &[command, "model"],
+        };
+        s.refused(arguments, &["qwen2.embedding_length", "lighter inspect model"]);
     }
 }

@@ -20,7 +20,7 @@ pub mod tier;
 mod tokenize;
 
 use crate::arguments::{Arguments, Command};
-use crate::container::{Container, refuse_language_model};
+use crate::container::{Container, refuse_what_is_no_graph};
 use crate::failure::Outcome;
 
 /// Runs the command that was typed.
@@ -28,17 +28,22 @@ pub fn run(arguments: Arguments) -> Outcome {
     let output = arguments.output.into();
     match arguments.command {
         Command::Run(arguments) => {
-            arguments.model.as_deref().map_or(Ok(()), |model| refuse_language_model(model, "run"))?;
+            arguments.model.as_deref().map_or(Ok(()), |model| refuse_what_is_no_graph(model, "run"))?;
             run::run(&arguments, output)
         }
         Command::Demo(arguments) => demo::run(&arguments, output),
         Command::Inspect(arguments) => inspect::run(&arguments, output),
-        Command::Plan(arguments) => plan::run(&arguments, output),
+        Command::Plan(arguments) => {
+            if Container::of(&arguments.model) != Container::Gguf {
+                refuse_what_is_no_graph(&arguments.model, "plan")?;
+            }
+            plan::run(&arguments, output)
+        }
         Command::Bench(arguments) => {
             if Container::of(&arguments.model) == Container::Gguf {
                 return bench_language::run(&arguments, output);
             }
-            refuse_language_model(&arguments.model, "bench")?;
+            refuse_what_is_no_graph(&arguments.model, "bench")?;
             bench::run(&arguments, output)
         }
         Command::Generate(arguments) => generate::run(&arguments, output),
