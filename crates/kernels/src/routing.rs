@@ -54,7 +54,7 @@ pub fn choose_experts(
         for e in 0..scores.len() {
             let p = preference(e);
             // NaN never wins, so that a broken row still names experts that exist.
-            let better = best.is_none_or(|(_, b)| p > b || b.is_nan());
+            let better = best.is_none_or(|(_, b)| p > b || (b.is_nan() && !p.is_nan()));
             if better && !ids[..rank].contains(&(e as i32)) {
                 best = Some((e, p));
             }
