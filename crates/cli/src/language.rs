@@ -2,10 +2,10 @@
 
 use crate::arguments::{CacheFormatName, DecoderArguments, ExpertArguments};
 use crate::container::{Container, read_gguf};
-use crate::failure::{Failure, Outcome};
+use crate::failure::{Exit, Failure, Outcome};
 use crate::model::{Means, held_beside, planned, within_budget};
 use lightering_engine::{ExpertOptions, Plan};
-use lightering_formats::gguf::Metadata;
+use lightering_formats::gguf::{GgufFile, Metadata};
 use lightering_graph::CacheFormat;
 use lightering_lm::{CacheOptions, Decoder, DecoderOptions, HyperParameters, LanguageModel, Tokenizer};
 use lightering_meter::Reservation;
@@ -20,6 +20,12 @@ const CONTEXT_DEFAULT: usize = 4096;
 const PAGE_LEN: usize = 32;
 /// What choosing a token takes for each token of the vocabulary: a copy of the logits, and candidates with theirs.
 const SAMPLING_BYTES_PER_TOKEN: u64 = 20;
+
+/// What a tokenizer takes at least for each of its tokens, as measured on vocabularies of 150,000 and 260,000.
+const TOKENIZER_BYTES_PER_TOKEN: u64 = 280;
+
+/// Tokenizers below this size are built before the smallest budget is told exactly.
+const LARGE_TOKENIZER: Bytes = Bytes::mib(16);
 
 /// What threads that read and schedule, their queues and the events of an answer take.
 const SERVING_BYTES: Bytes = Bytes::kib(256);
@@ -93,30 +99,55 @@ fn what_is_left(metadata: &Metadata) -> Metadata {
     left
 }
 
+/// A tokenizer of large vocabularies takes more than reading the file did. Where a budget cannot hold it, that is told
+/// before a control group of that size would end the process.
+fn refuse_before_tokenizer(file: &GgufFile, memory: Option<Bytes>) -> Outcome<()> {
+    let tokens = file.metadata.get_strings("tokenizer.ggml.tokens")?.map_or(0, <[String]>::len);
+    let least = Bytes(tokens as u64 * TOKENIZER_BYTES_PER_TOKEN);
+    match memory {
+        Some(memory) if memory < least && least > LARGE_TOKENIZER => Err(Failure {
+            hint: Some(format!(
+                "--memory {}MiB or more; how much more, the next refusal tells exactly",
+                least.0.div_ceil(1 << 20)
+            )),
+            ..Failure::new(
+                Exit::Budget,
+                anyhow::anyhow!(
+                    "no plan fits into {memory}: the tokenizer of {tokens} tokens alone takes about {least}"
+                ),
+            )
+        }),
+        _ => Ok(()),
+    }
+}
+
 impl LanguageFile {
     /// Reads everything but the weights, for `parallel` sequences side by side that each guess `drafts` tokens ahead.
     pub fn open(
         path: &Path,
         arguments: &DecoderArguments,
+        memory: Option<Bytes>,
         parallel: usize,
         drafts: usize,
     ) -> Outcome<LanguageFile> {
         // A guess is checked by the logits of its own row.
-        Self::read(path, arguments, parallel, parallel * (1 + drafts))
+        Self::read(path, arguments, memory, parallel, parallel * (1 + drafts))
     }
 
     /// The same for one sequence, with the logits of `wanted` rows in each step.
     pub fn open_for_logits(
         path: &Path,
         arguments: &DecoderArguments,
+        memory: Option<Bytes>,
         wanted: usize,
     ) -> Outcome<LanguageFile> {
-        Self::read(path, arguments, 1, wanted)
+        Self::read(path, arguments, memory, 1, wanted)
     }
 
     fn read(
         path: &Path,
         arguments: &DecoderArguments,
+        memory: Option<Bytes>,
         parallel: usize,
         wanted: usize,
     ) -> Outcome<LanguageFile> {
@@ -128,6 +159,7 @@ impl LanguageFile {
             ));
         }
         let file = read_gguf(path)?;
+        refuse_before_tokenizer(&file, memory)?;
         let hint = format!("lighter inspect {place}, which lists what the file says about it");
         let explained = |what: &str, error: lightering_lm::Error| {
             Failure::from(error).context(format!("{place}: {what}")).or_hint(hint.clone())

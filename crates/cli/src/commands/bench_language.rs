@@ -139,7 +139,7 @@ pub fn run(arguments: &BenchArguments, output: Output) -> Outcome {
             format!("--context {needed}"),
         ));
     }
-    let file = LanguageFile::open(&arguments.model, &decoder, 1, 0)?;
+    let file = LanguageFile::open(&arguments.model, &decoder, resources.memory, 1, 0)?;
     let prompt = prompt(arguments, &file, prompt_len)?;
     let threads = resources.threads.unwrap_or_else(lightering_meter::host::cores);
     let means = Means { threads, profile: &profile, pool: &pool, baseline: &baseline };

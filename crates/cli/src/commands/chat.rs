@@ -26,7 +26,7 @@ pub fn run(arguments: &ChatArguments, output: Output) -> Outcome {
     let pool = MemoryPool::new(resources.memory);
     let progress = output.progress(1);
     progress.set_message("reading the model");
-    let file = LanguageFile::open(&arguments.model, &resources.decoder, 1, 0)?;
+    let file = LanguageFile::open(&arguments.model, &resources.decoder, resources.memory, 1, 0)?;
     progress.set_message("planning and loading");
     let threads = resources.threads.unwrap_or_else(lightering_meter::host::cores);
     let means = Means { threads, profile: &profile, pool: &pool, baseline: &baseline };

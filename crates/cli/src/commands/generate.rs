@@ -58,7 +58,8 @@ pub fn run(arguments: &GenerateArguments, output: Output) -> Outcome {
     let progress = output.progress(1);
     let load = Stopwatch::start();
     progress.set_message("reading the model");
-    let file = LanguageFile::open(&arguments.model, &resources.decoder, 1, arguments.draft)?;
+    let file =
+        LanguageFile::open(&arguments.model, &resources.decoder, resources.memory, 1, arguments.draft)?;
     let constraint = constraint(arguments)?;
     let prompt = prompt(arguments, &file)?;
     progress.set_message("planning and loading");

@@ -44,7 +44,7 @@ pub fn run(arguments: &PerplexityArguments, output: Output) -> Outcome {
     if decoder.context.is_some_and(|c| (c as usize) < window) {
         return Err(Failure::input("--window is longer than --context", format!("--context {window}")));
     }
-    let file = LanguageFile::open_for_logits(&arguments.model, &decoder, WANTED)?;
+    let file = LanguageFile::open_for_logits(&arguments.model, &decoder, resources.memory, WANTED)?;
     let text = read_text(Some(&arguments.file), MAX_TEXT_BYTES as u64)?;
     let tokens = file.tokenizer.encode(&text, true, false)?;
     let (begin, adds) = (file.tokenizer.bos(), file.tokenizer.adds_bos());

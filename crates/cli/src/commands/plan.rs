@@ -21,7 +21,7 @@ pub fn run(arguments: &PlanArguments, output: Output) -> Outcome {
     let threads = resources.threads.unwrap_or_else(lightering_meter::host::cores);
     let means = Means { threads, profile: &profile, pool: &pool, baseline: &baseline };
     let plan = if Container::of(&arguments.model) == Container::Gguf {
-        LanguageFile::open(&arguments.model, &arguments.decoder, 1, 0)?.plan(means)?
+        LanguageFile::open(&arguments.model, &arguments.decoder, resources.memory, 1, 0)?.plan(means)?
     } else {
         let model = Model::open(&ModelSource::File(arguments.model.clone()))?;
         let dimensions = values::bind_dimensions(&resources.dimensions, &[], &model.inputs())?;

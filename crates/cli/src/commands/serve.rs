@@ -69,7 +69,7 @@ pub fn run(arguments: &ServeArguments, output: Output) -> Outcome {
     let progress = output.progress(1);
     progress.set_message("reading the model");
     let (parallel, draft) = (arguments.parallel as usize, arguments.draft as usize);
-    let file = LanguageFile::open(&arguments.model, &resources.decoder, parallel, draft)?;
+    let file = LanguageFile::open(&arguments.model, &resources.decoder, resources.memory, parallel, draft)?;
     progress.set_message("planning and loading");
     let threads = resources.threads.unwrap_or_else(lightering_meter::host::cores);
     let means = Means { threads, profile: &profile, pool: &pool, baseline: &baseline };
