@@ -485,7 +485,15 @@ fn failures_of_the_model_are_told() {
     assert_eq!(server.post("/v1/chat/completions", &chat(json!({}))).status, 200, "it lives on");
     server.controls.panic.store(true, Ordering::Relaxed);
     assert_eq!(server.post("/v1/chat/completions", &chat(json!({}))).status, 500);
-    assert_eq!(server.get("/health").status, 503);
+    // The request ends while the thread of the model still does.
+    let start = std::time::Instant::now();
+    while server.get("/health").status != 503 {
+        assert!(
+            start.elapsed() < Duration::from_secs(20),
+            "the server does not notice that its model is gone"
+        );
+        std::thread::sleep(Duration::from_millis(5));
+    }
     assert_eq!(server.post("/v1/chat/completions", &chat(json!({}))).status, 503);
 }
 
