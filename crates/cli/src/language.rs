@@ -4,12 +4,12 @@ use crate::arguments::{CacheFormatName, DecoderArguments, ExpertArguments};
 use crate::container::{Container, read_gguf};
 use crate::failure::{Exit, Failure, Outcome};
 use crate::model::{Means, held_beside, planned, within_budget};
-use lightering_engine::{ExpertOptions, Plan};
+use lightering_engine::{ExpertOptions, OpenTrace, Plan};
 use lightering_formats::gguf::{GgufFile, Metadata};
 use lightering_graph::CacheFormat;
 use lightering_lm::{CacheOptions, Decoder, DecoderOptions, HyperParameters, LanguageModel, Tokenizer};
 use lightering_meter::Reservation;
-use lightering_tier::{ByteSource, ChunkTrace, DirectFile};
+use lightering_tier::{ByteSource, DirectFile};
 use lightering_units::Bytes;
 use std::path::Path;
 use std::sync::Arc;
@@ -66,19 +66,18 @@ fn cache_format(name: CacheFormatName) -> CacheFormat {
     }
 }
 
-/// Most bytes of a recorded run that are read.
+/// How experts are kept and fetched, with the files that the flags name.
 fn expert_options(arguments: &ExpertArguments) -> Outcome<ExpertOptions> {
     let recorded = match &arguments.recorded {
         None => None,
         Some(path) => Some(Arc::new(crate::commands::tier::read_trace(path)?)),
     };
-    let trace: Option<lightering_engine::OpenTrace> = arguments.chunk_trace.clone().map(|path| {
-        let open = move || {
+    let trace = arguments.chunk_trace.clone().map(|path| -> OpenTrace {
+        Arc::new(move || {
             let file = std::fs::File::create(&path)
                 .map_err(|e| std::io::Error::new(e.kind(), format!("{}: {e}", path.display())))?;
-            Ok(Box::new(std::io::BufWriter::new(file)) as Box<dyn std::io::Write + Send>)
-        };
-        Arc::new(open) as lightering_engine::OpenTrace
+            Ok(Box::new(std::io::BufWriter::new(file)))
+        })
     });
     Ok(ExpertOptions {
         eviction: arguments.eviction.clone(),
@@ -86,7 +85,7 @@ fn expert_options(arguments: &ExpertArguments) -> Outcome<ExpertOptions> {
         admission: arguments.admission.clone(),
         io_threads: arguments.reads as usize,
         trace,
-        recorded: recorded as Option<Arc<ChunkTrace>>,
+        recorded,
     })
 }
 

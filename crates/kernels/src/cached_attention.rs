@@ -115,7 +115,7 @@ impl CachedAttentionShape {
     }
 
     /// The first position that the row at `position` sees.
-    fn first_seen(&self, position: usize) -> usize {
+    pub fn first_seen(&self, position: usize) -> usize {
         self.window.map_or(0, |window| (position + 1).saturating_sub(window))
     }
 
@@ -177,23 +177,49 @@ impl CacheRows<'_> {
         &self.pages[row * self.pages_per_row..][..self.pages_per_row]
     }
 
-    /// Checks the position of `row` and the pages from that of position `first` to its own; returns the position.
-    fn check(&self, row: usize, first: impl Fn(usize) -> usize, page_len: usize, page_count: usize) -> usize {
+    /// The position of `row`, or what is wrong with it or with the pages from that of position `first_seen` to its own.
+    fn position(
+        &self,
+        row: usize,
+        first_seen: impl Fn(usize) -> usize,
+        page_len: usize,
+        page_count: usize,
+    ) -> Result<usize, String> {
         let position = usize::try_from(self.positions[row]).unwrap_or(usize::MAX);
         let last = position / page_len;
-        assert!(
-            position <= i32::MAX as usize && last < self.pages_per_row,
-            "row {row} is at position {}, its table has {} pages of {page_len}",
-            self.positions[row],
-            self.pages_per_row
-        );
-        for (index, &page) in
-            self.table(row).iter().enumerate().take(last + 1).skip(first(position) / page_len)
-        {
-            let known = usize::try_from(page).is_ok_and(|page| page < page_count);
-            assert!(known, "entry {index} of row {row} is page {page} of {page_count}");
+        if position > i32::MAX as usize || last >= self.pages_per_row {
+            return Err(format!(
+                "row {row} is at position {}, its table has {} pages of {page_len}",
+                self.positions[row], self.pages_per_row
+            ));
         }
-        position
+        let seen = self.table(row).iter().enumerate().take(last + 1).skip(first_seen(position) / page_len);
+        for (index, &page) in seen {
+            if !usize::try_from(page).is_ok_and(|page| page < page_count) {
+                return Err(format!("entry {index} of row {row} is page {page} of {page_count}"));
+            }
+        }
+        Ok(position)
+    }
+
+    /// Checks that every row has its pages, from that of position `first_seen` of its position to its own, in a cache of
+    /// `page_count` pages; the functions that take rows panic where this gives an error.
+    ///
+    /// # Errors
+    /// A sentence that names the row.
+    pub fn verify(
+        &self,
+        first_seen: impl Fn(usize) -> usize,
+        page_len: usize,
+        page_count: usize,
+    ) -> Result<(), String> {
+        (0..self.positions.len())
+            .try_for_each(|row| self.position(row, &first_seen, page_len, page_count).map(|_| ()))
+    }
+
+    /// [`position`](Self::position) for those who have documented that they panic.
+    fn check(&self, row: usize, first: impl Fn(usize) -> usize, page_len: usize, page_count: usize) -> usize {
+        self.position(row, first, page_len, page_count).unwrap_or_else(|problem| panic!("{problem}"))
     }
 }
 

@@ -83,6 +83,23 @@ impl Tokenizer {
         Tokenizer::new(VocabularyData::from_gguf(metadata)?)
     }
 
+    /// The token ids of a conversation as its chat template wrote it: what the template spells as control tokens becomes
+    /// them, and the token for the beginning of a sequence is added where the vocabulary wants one and the template has
+    /// not written it itself, as many do.
+    ///
+    /// # Errors
+    /// As [`encode`](Self::encode).
+    pub fn encode_rendered(&self, rendered: &str) -> Result<Vec<u32>> {
+        let mut ids = self.encode(rendered, false, true)?;
+        if let Some(bos) = self.bos()
+            && self.adds_bos()
+            && ids.first() != Some(&bos)
+        {
+            ids.insert(0, bos);
+        }
+        Ok(ids)
+    }
+
     /// The token ids of `text`.
     ///
     /// `add_special` puts the tokens around it that the model was trained with (beginning of sequence and so on, as the

@@ -2,15 +2,15 @@
 //!
 //! The model is `moe-tiny` in the folder that `LIGHTER_TEST_DATA` names (else `~/.cache/lighter-test-data`).
 
-use std::path::PathBuf;
+mod greedy;
+
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use lightering_engine::{ExpertOptions, PlanOptions};
-use lightering_formats::gguf::GgufFile;
-use lightering_graph::CacheFormat;
-use lightering_lm::{CacheOptions, Decoder, DecoderOptions, LanguageModel, Row, TokenModel};
-use lightering_meter::MachineProfile;
-use lightering_tier::{ByteSource, DirectFile};
+use greedy::{Greedy, bits, greedy};
+use lightering_engine::ExpertOptions;
+use lightering_lm::LanguageModel;
+use lightering_tier::DirectFile;
 use lightering_units::Bytes;
 use serde_json::Value;
 
@@ -26,48 +26,9 @@ fn folder() -> Option<PathBuf> {
     None
 }
 
-const CONTEXT: usize = 256;
-const PAGE: usize = 16;
-
-fn model(folder: &std::path::Path, budget: Option<Bytes>, experts: &ExpertOptions) -> LanguageModel {
-    let source: Arc<dyn ByteSource> = Arc::new(DirectFile::open(&folder.join("moe-tiny-f16.gguf")).unwrap());
-    let file = GgufFile::read(&*source).unwrap();
-    let cache =
-        CacheOptions { format: CacheFormat::F32, page_len: PAGE, pages: CONTEXT / PAGE, context: CONTEXT };
-    let decoder = Decoder::new(&file, source, DecoderOptions { cache, rows: 20, wanted: 1 }).unwrap();
-    let profile = MachineProfile::conservative();
-    decoder.start(&PlanOptions { budget, ..PlanOptions::new(profile, 2) }, experts, false).unwrap()
-}
-
-/// Greedy tokens after the prompt, and the logits after the prompt itself.
-fn greedy(model: &mut LanguageModel, prompt: &[u32], count: usize) -> (Vec<u32>, Vec<f32>) {
-    let pages: Vec<u32> = (0..(CONTEXT / PAGE) as u32).rev().collect();
-    let mut tokens = prompt.to_vec();
-    let (mut at, mut first) = (0, Vec::new());
-    while tokens.len() < prompt.len() + count {
-        let end = tokens.len().min(at + model.rows_max());
-        let rows: Vec<Row<'_>> = (at..end)
-            .map(|i| Row {
-                token: tokens[i],
-                position: i as u32,
-                pages: &pages,
-                wants_logits: i + 1 == tokens.len(),
-            })
-            .collect();
-        let mut best = None;
-        model
-            .step(&rows, &mut |_, logits| {
-                let top = logits.iter().enumerate().max_by(|a, b| a.1.total_cmp(b.1)).unwrap();
-                best = Some(top.0 as u32);
-                if first.is_empty() {
-                    first = logits.to_vec();
-                }
-            })
-            .unwrap();
-        at = end;
-        tokens.extend(best);
-    }
-    (tokens.split_off(prompt.len()), first)
+fn model(folder: &Path, budget: Option<Bytes>, experts: &ExpertOptions) -> LanguageModel {
+    let source = Arc::new(DirectFile::open(&folder.join("moe-tiny-f16.gguf")).unwrap());
+    greedy::model(source, 256, budget, 2, 20, experts)
 }
 
 fn ids(value: &Value) -> Vec<u32> {
@@ -98,17 +59,17 @@ fn tokens_and_logits_are_those_of_the_reference_at_any_residency() {
         .collect();
     for (name, case) in reference.as_object().unwrap() {
         let prompt = ids(&case["prompt_ids"]);
-        let (tokens, logits) = greedy(&mut resident, &prompt, 60);
+        let Greedy { tokens, first: logits, last } = greedy(&mut resident, &prompt, 60);
         assert_eq!(tokens, ids(&case["greedy_60"]), "{name}");
         for top in case["last_logits_top10"].as_array().unwrap() {
             let (id, expected) = (top[0].as_u64().unwrap() as usize, top[1].as_f64().unwrap() as f32);
             assert!((logits[id] - expected).abs() < 2e-3, "{name}: {id} has {}, not {expected}", logits[id]);
         }
         for model in &mut tight {
-            let (same_tokens, same_logits) = greedy(model, &prompt, 60);
-            let bits = |logits: &[f32]| logits.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
-            assert_eq!(bits(&same_logits), bits(&logits), "{name}");
-            assert_eq!(same_tokens, tokens, "{name}");
+            let same = greedy(model, &prompt, 60);
+            assert_eq!(bits(&same.first), bits(&logits), "{name}");
+            assert_eq!(bits(&same.last), bits(&last), "{name}");
+            assert_eq!(same.tokens, tokens, "{name}");
         }
     }
     for model in &tight {

@@ -1,65 +1,27 @@
 //! A trained language model that is always here (`data/README.md`): its text, at any residency and in any steps.
 
+mod greedy;
+
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use lightering_engine::{ExpertOptions, PlanOptions};
+use greedy::{bits, greedy};
+use lightering_engine::ExpertOptions;
 use lightering_formats::gguf::GgufFile;
-use lightering_graph::CacheFormat;
-use lightering_lm::{
-    CacheOptions, Conversion, ConversionOptions, Decoder, DecoderOptions, LanguageModel, Row, TokenModel,
-    Tokenizer,
-};
-use lightering_meter::MachineProfile;
+use lightering_lm::{Conversion, ConversionOptions, LanguageModel, Tokenizer};
 use lightering_tier::{ByteSource, FileSource};
 use lightering_units::Bytes;
-
-const CONTEXT: usize = 128;
-const PAGE: usize = 16;
 
 fn path() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/moe-tiny-q4_0.gguf")
 }
 
 fn model(source: Arc<dyn ByteSource>, budget: Option<Bytes>, threads: usize, rows: usize) -> LanguageModel {
-    let file = GgufFile::read(&*source).unwrap();
-    let cache =
-        CacheOptions { format: CacheFormat::F32, page_len: PAGE, pages: CONTEXT / PAGE, context: CONTEXT };
-    let decoder = Decoder::new(&file, source, DecoderOptions { cache, rows, wanted: 1 }).unwrap();
-    let options = PlanOptions { budget, ..PlanOptions::new(MachineProfile::conservative(), threads) };
-    decoder.start(&options, &ExpertOptions::default(), false).unwrap()
+    greedy::model(source, 128, budget, threads, rows, &ExpertOptions::default())
 }
 
 fn file() -> Arc<dyn ByteSource> {
     Arc::new(FileSource::open(&path()).unwrap())
-}
-
-/// Greedy tokens after a prompt, and the logits of the last step.
-fn greedy(model: &mut LanguageModel, prompt: &[u32], count: usize) -> (Vec<u32>, Vec<u32>) {
-    let pages: Vec<u32> = (0..(CONTEXT / PAGE) as u32).rev().collect();
-    let mut tokens = prompt.to_vec();
-    let (mut at, mut bits) = (0, Vec::new());
-    while tokens.len() < prompt.len() + count {
-        let end = tokens.len().min(at + model.rows_max());
-        let rows: Vec<Row<'_>> = (at..end)
-            .map(|i| Row {
-                token: tokens[i],
-                position: i as u32,
-                pages: &pages,
-                wants_logits: i + 1 == tokens.len(),
-            })
-            .collect();
-        let mut best = None;
-        model
-            .step(&rows, &mut |_, logits| {
-                best = logits.iter().enumerate().max_by(|a, b| a.1.total_cmp(b.1)).map(|(id, _)| id as u32);
-                bits = logits.iter().map(|x| x.to_bits()).collect();
-            })
-            .unwrap();
-        at = end;
-        tokens.extend(best);
-    }
-    (tokens.split_off(prompt.len()), bits)
 }
 
 fn tokenizer() -> Tokenizer {
@@ -88,8 +50,7 @@ fn its_text_is_the_recorded_one() {
     let mut model = model(file(), None, 2, 32);
     let texts = RECORDED.map(|(prompt, _)| {
         let ids = tokenizer.encode(prompt, true, false).unwrap();
-        let (tokens, _) = greedy(&mut model, &ids, 40);
-        tokenizer.decode(&tokens).unwrap()
+        tokenizer.decode(&greedy(&mut model, &ids, 40).tokens).unwrap()
     });
     assert_eq!(texts, RECORDED.map(|(_, text)| text));
 }
@@ -112,9 +73,13 @@ fn budgets_threads_and_steps_leave_every_bit_as_it_is() {
     assert!(streamed > 0, "no budget was tight enough to leave experts on the disk");
     for (prompt, _) in RECORDED {
         let ids = tokenizer.encode(prompt, true, false).unwrap();
-        let expected = greedy(&mut resident, &ids, 24);
+        let text = |model: &mut LanguageModel| {
+            let text = greedy(model, &ids, 24);
+            (text.tokens, bits(&text.first), bits(&text.last))
+        };
+        let expected = text(&mut resident);
         for (what, model) in &mut others {
-            assert!(greedy(model, &ids, 24) == expected, "{what}, after {prompt:?}");
+            assert!(text(model) == expected, "{what}, after {prompt:?}");
         }
     }
 }

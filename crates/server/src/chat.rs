@@ -122,14 +122,7 @@ pub(crate) fn prepare(shared: &Shared, body: &[u8]) -> Result<(Events, Head), Re
     };
     let from = |error: lightering_lm::Error| Refusal::from_lm(&error, Some("messages"));
     let rendered = shared.template.render(&conversation).map_err(from)?;
-    let mut prompt = tokenizer.encode(&rendered, false, true).map_err(from)?;
-    // Many templates write the token for the beginning of a sequence themselves.
-    if let Some(bos) = tokenizer.bos()
-        && tokenizer.adds_bos()
-        && prompt.first() != Some(&bos)
-    {
-        prompt.insert(0, bos);
-    }
+    let prompt = tokenizer.encode_rendered(&rendered).map_err(from)?;
     let request = GenerationRequest {
         prompt,
         max_tokens,

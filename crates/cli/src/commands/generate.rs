@@ -77,13 +77,9 @@ pub fn run(arguments: &GenerateArguments, output: Output) -> Outcome {
     let fixed_assumed = baseline.fixed_cost_assumed(&profile, Bytes::ZERO);
     let energy = EnergyMeter::start(arguments.receipt.energy_model.map(super::run::energy_model));
     let watch = Stopwatch::start();
-    let options = SchedulerOptions::default();
-    let options = {
-        let mut options = options;
-        options.sequences_max = 1;
-        options.draft_len_max = arguments.draft;
-        options
-    };
+    let mut options = SchedulerOptions::default();
+    options.sequences_max = 1;
+    options.draft_len_max = arguments.draft;
     let scheduler = Scheduler::start(Box::new(model), tokenizer, options)?;
     let too_long = format!("--context, which is {context}, or a shorter prompt");
     let request = GenerationRequest {
@@ -263,13 +259,5 @@ pub fn encode_conversation(
         ..Conversation::default()
     };
     let rendered = template.render(&conversation)?;
-    let mut ids = tokenizer.encode(&rendered, false, true)?;
-    // Many templates write the token for the beginning of a sequence themselves.
-    if let Some(bos) = tokenizer.bos()
-        && tokenizer.adds_bos()
-        && ids.first() != Some(&bos)
-    {
-        ids.insert(0, bos);
-    }
-    Ok(ids)
+    Ok(tokenizer.encode_rendered(&rendered)?)
 }

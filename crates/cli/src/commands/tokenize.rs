@@ -136,17 +136,11 @@ fn chat(
     let rendered = template.render(&conversation).map_err(|error| {
         Failure::from(error).context(format!("{place}: writing it as a prompt")).or_hint(hint)
     })?;
-    let mut ids = tokenizer
-        .encode(&rendered, false, true)
-        .map_err(|error| Failure::from(error).context("tokenizing"))?;
-    // Many templates write the token for the beginning of a sequence themselves.
-    if let Some(bos) = tokenizer.bos()
-        && tokenizer.adds_bos()
-        && !arguments.no_special
-        && ids.first() != Some(&bos)
-    {
-        ids.insert(0, bos);
-    }
+    let ids = match arguments.no_special {
+        true => tokenizer.encode(&rendered, false, true),
+        false => tokenizer.encode_rendered(&rendered),
+    };
+    let ids = ids.map_err(|error| Failure::from(error).context("tokenizing"))?;
     // The marks of the guard are for the tokenizer only.
     Ok((ids, rendered.replace('\u{fdd0}', "")))
 }

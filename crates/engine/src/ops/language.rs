@@ -114,28 +114,30 @@ pub(super) fn compute(
         }
         LmOp::CacheStore { values, format, heads, page_len } => {
             let rows = required(inputs, 1, "rows")?;
-            let places = Places::of(inputs, 2)?;
+            let places = cache_rows(inputs, 2)?;
             let cache = only(outputs)?;
-            places.check(cache.dims[0], *page_len, |position| position)?;
+            places.verify(|position| position, *page_len, cache.dims[0]).map_err(OpError::Invalid)?;
             let len = rows.dims[1] / (*heads).max(1);
             let part = if *values { CachePart::Values } else { CachePart::Keys };
             let x = bytemuck::cast_slice(rows.bytes);
             let format = cache_format(*format);
-            store_in_cache(pool, part, format, *heads, len, *page_len, x, places.0, cache.bytes);
+            store_in_cache(pool, part, format, *heads, len, *page_len, x, places, cache.bytes);
         }
         LmOp::CachedAttention(a) => {
             let (q, keys) = (required(inputs, 0, "q")?, required(inputs, 1, "keys")?);
             let values = required(inputs, 2, "values")?;
-            let places = Places::of(inputs, 3)?;
-            let first_seen = |position: usize| a.window.map_or(0, |w| (position + 1).saturating_sub(w));
-            places.check(keys.dims[0].min(values.dims[0]), a.page_len, first_seen)?;
+            let places = cache_rows(inputs, 3)?;
+            let (shape, page_count) = (shape_of(a), keys.dims[0].min(values.dims[0]));
+            places
+                .verify(|position| shape.first_seen(position), a.page_len, page_count)
+                .map_err(OpError::Invalid)?;
             let sinks = optional(inputs, 5).map(|s| bytemuck::cast_slice(s.bytes));
             let y = only(outputs)?.as_mut_slice();
             cached_attention(
                 pool,
-                &shape_of(a),
+                &shape,
                 bytemuck::cast_slice(q.bytes),
-                places.0,
+                places,
                 keys.bytes,
                 values.bytes,
                 sinks,
@@ -227,40 +229,13 @@ fn shape_of(a: &CachedAttentionAttributes) -> CachedAttentionShape {
 }
 
 /// Where the rows of a step are in their sequences, and where those lie in the cache.
-struct Places<'a>(CacheRows<'a>);
-
-impl<'a> Places<'a> {
-    fn of(inputs: &[Option<TensorView<'a>>], at: usize) -> Result<Places<'a>, OpError> {
-        let (positions, pages) = (required(inputs, at, "positions")?, required(inputs, at + 1, "pages")?);
-        Ok(Places(CacheRows {
-            positions: bytemuck::cast_slice(positions.bytes),
-            pages: bytemuck::cast_slice(pages.bytes),
-            pages_per_row: pages.dims[1],
-        }))
-    }
-
-    /// Every position from the first that a row sees to its own must lie in a page that exists; the kernels panic
-    /// otherwise.
-    fn check(
-        &self,
-        page_count: usize,
-        page_len: usize,
-        first_seen: impl Fn(usize) -> usize,
-    ) -> Result<(), OpError> {
-        let CacheRows { positions, pages, pages_per_row } = self.0;
-        for (row, &position) in positions.iter().enumerate() {
-            let pages = &pages[row * pages_per_row..][..pages_per_row];
-            let seen = usize::try_from(position).ok().map(|p| first_seen(p) / page_len..p / page_len + 1);
-            let there = seen
-                .and_then(|seen| pages.get(seen))
-                .is_some_and(|pages| pages.iter().all(|&p| usize::try_from(p).is_ok_and(|p| p < page_count)));
-            if !there {
-                let problem = format!("row {row} is at position {position}, for which it has no cache page");
-                return Err(OpError::Invalid(problem));
-            }
-        }
-        Ok(())
-    }
+fn cache_rows<'a>(inputs: &[Option<TensorView<'a>>], at: usize) -> Result<CacheRows<'a>, OpError> {
+    let (positions, pages) = (required(inputs, at, "positions")?, required(inputs, at + 1, "pages")?);
+    Ok(CacheRows {
+        positions: bytemuck::cast_slice(positions.bytes),
+        pages: bytemuck::cast_slice(pages.bytes),
+        pages_per_row: pages.dims[1],
+    })
 }
 
 /// Scratch bytes of these operators.

@@ -22,6 +22,13 @@ impl Recency {
         group.insert(self.clock, chunk);
     }
 
+    /// Makes a chunk the most recent one if it is resident.
+    fn refresh(&mut self, chunk: ChunkId) {
+        if self.contains(chunk) {
+            self.touch(chunk);
+        }
+    }
+
     pub fn contains(&self, chunk: ChunkId) -> bool {
         self.stamps.contains_key(&chunk)
     }
@@ -97,9 +104,7 @@ impl EvictionPolicy for GroupLru {
     }
 
     fn used(&mut self, chunk: ChunkId, _score: f32) {
-        if self.recency.contains(chunk) {
-            self.recency.touch(chunk);
-        }
+        self.recency.refresh(chunk);
     }
 
     fn victim(&mut self, incoming: ChunkId, evictable: &dyn Fn(ChunkId) -> bool) -> Option<ChunkId> {
@@ -134,9 +139,7 @@ impl EvictionPolicy for GlobalLru {
     }
 
     fn used(&mut self, chunk: ChunkId, _score: f32) {
-        if self.recency.contains(chunk) {
-            self.recency.touch(chunk);
-        }
+        self.recency.refresh(chunk);
     }
 
     fn victim(&mut self, _incoming: ChunkId, evictable: &dyn Fn(ChunkId) -> bool) -> Option<ChunkId> {
