@@ -142,8 +142,8 @@ pub(crate) struct Instruction {
     pub workspace: usize,
     pub stripe: Option<Stripe>,
     pub cost: lightering_graph::Cost,
-    /// Set when the first result may overwrite the first operand.
-    pub in_place: bool,
+    /// How many of the first results stand in the place of the operands of the same number, which are then not given.
+    pub in_place: usize,
     /// Position in the program before it was split into stripes.
     pub origin: usize,
 }
@@ -161,9 +161,18 @@ pub(crate) struct Program {
     pub inputs: Vec<Port>,
     /// Graph outputs.
     pub outputs: Vec<Port>,
+    /// What is kept between runs.
+    pub states: Vec<StateInfo>,
     pub heap_slots: usize,
     /// The experts that a store holds.
     pub experts: Option<Arc<ExpertSet>>,
+}
+
+/// A tensor that is kept between runs, and what it holds before the first; zeros when nothing is said.
+#[derive(Clone, Debug)]
+pub(crate) struct StateInfo {
+    pub tensor: usize,
+    pub initial: Option<Constant>,
 }
 
 /// A value that crosses the border of the program.
@@ -331,7 +340,12 @@ impl Builder<'_> {
             {
                 Ok(self.new_tensor(value, Storage::Inline(t.clone())))
             }
-            ValueKind::State(None) => self.new_buffer_tensor(value, BufferKind::State),
+            ValueKind::State(initial) => {
+                let tensor = self.new_buffer_tensor(value, BufferKind::State)?;
+                let initial = initial.clone();
+                self.program.states.push(StateInfo { tensor, initial });
+                Ok(tensor)
+            }
             ValueKind::Constant(_) => {
                 let tensor = self.weight(value, Packing::Plain)?;
                 self.tensor_of[value.index()] = Some(tensor);
@@ -413,17 +427,16 @@ impl Builder<'_> {
             });
         }
         // A result that updates a state is the state.
-        let updated = node.op.updated_state();
-        let state = match updated {
-            Some(operand) => Some(self.state_of(node, inputs.get(operand).and_then(Option::as_ref))?),
-            None => None,
-        };
+        let updated = node.op.updated_states();
+        let states = (0..updated)
+            .map(|i| self.state_of(node, inputs.get(i).and_then(Option::as_ref)))
+            .collect::<Result<Vec<_>, _>>()?;
         let mut outputs = Vec::with_capacity(node.outputs.len());
         for (i, &value) in node.outputs.iter().enumerate() {
             outputs.push(match value {
                 None => None,
                 Some(value) => {
-                    let tensor = if let Some(storage) = state.clone().filter(|_| i == 0) {
+                    let tensor = if let Some(storage) = states.get(i).cloned() {
                         self.new_tensor(value, storage)
                     } else if dynamic {
                         self.new_heap_tensor(value)
@@ -452,7 +465,7 @@ impl Builder<'_> {
             workspace: aligned(workspace),
             stripe: None,
             cost,
-            in_place: updated == Some(0),
+            in_place: updated,
             origin: 0,
         }));
         Ok(())
@@ -677,7 +690,7 @@ impl Builder<'_> {
                 }
             }
             p.buffers[to].size = 0;
-            Arc::make_mut(&mut p.instructions[i]).in_place = true;
+            Arc::make_mut(&mut p.instructions[i]).in_place = 1;
         }
     }
 }

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Instant;
 
-use lightering_graph::{Graph, Tensor, TensorType, ValueType};
+use lightering_graph::{Constant, Graph, Tensor, TensorType, ValueType};
 use lightering_kernels::ThreadPool;
 use lightering_meter::{MemoryPool, Reservation};
 use lightering_tier::{Arena, ArenaRead, ArenaWrite, ByteSource, ChunkStore, release_freed_memory};
@@ -15,7 +15,7 @@ use crate::kernel::{Call, Kernel};
 use crate::loader::Loader;
 use crate::ops::{OpContext, TensorView, TensorViewMut};
 use crate::plan::{self, Layout, Plan, PlanOptions};
-use crate::program::{Instruction, Operand, Port, Program, Storage};
+use crate::program::{Instruction, Operand, Port, Program, StateInfo, Storage};
 use crate::rows::Rows;
 use crate::{EngineError, RuntimeValue};
 
@@ -186,6 +186,9 @@ impl Session {
         let arena = Arc::new(Arena::new(plan.arena).map_err(EngineError::Memory)?);
         arena.populate();
         let loader = Loader::new(&program, &assignment, arena.clone(), sources)?;
+        for state in &program.states {
+            set_initial(&program, state, &assignment, &arena, loader.sources())?;
+        }
         let n = program.instructions.len();
         let (mut issue, mut needed) = (vec![Vec::new(); n], vec![Vec::new(); n]);
         for (w, load) in assignment.loads.iter().enumerate() {
@@ -248,6 +251,42 @@ impl Session {
     /// Names and types of the outputs.
     pub fn outputs(&self) -> impl Iterator<Item = (&str, &ValueType)> {
         self.program.outputs.iter().map(|p| (p.name.as_str(), &p.ty))
+    }
+
+    /// Names and types of what is kept between runs.
+    pub fn states(&self) -> impl Iterator<Item = (&str, TensorType)> {
+        self.program.states.iter().map(|s| {
+            let info = &self.program.tensors[s.tensor];
+            (&*info.name, TensorType::fixed(info.dtype, &info.dims))
+        })
+    }
+
+    fn state(&self, name: &str) -> Result<Operand, EngineError> {
+        let found = self.program.states.iter().find(|s| *self.program.tensors[s.tensor].name == *name);
+        let state = found.ok_or_else(|| EngineError::Invalid(format!("there is no state {name:?}")))?;
+        Ok(self.program.whole(state.tensor))
+    }
+
+    /// Lends the bytes of a state.
+    ///
+    /// # Errors
+    /// [`EngineError::Invalid`] when there is no such state.
+    pub fn read_state<R>(&self, name: &str, read: impl FnOnce(&[u8]) -> R) -> Result<R, EngineError> {
+        let operand = self.state(name)?;
+        Ok(read(&self.read(&operand)?))
+    }
+
+    /// Lends the bytes of a state to be overwritten.
+    ///
+    /// # Errors
+    /// As [`read_state`](Self::read_state).
+    pub fn write_state<R>(
+        &mut self,
+        name: &str,
+        write: impl FnOnce(&mut [u8]) -> R,
+    ) -> Result<R, EngineError> {
+        let operand = self.state(name)?;
+        Ok(write(&mut self.write(&operand)?))
     }
 
     /// Runs the graph once: `feed` gives the inputs, `fetch` gets the outputs one after the other.
@@ -446,7 +485,7 @@ impl Session {
         // Guards first, then views that borrow them.
         let mut input_guards: Vec<Option<ArenaRead<'_>>> = Vec::with_capacity(instruction.inputs.len());
         for (i, operand) in instruction.inputs.iter().enumerate() {
-            let skip = i == 0 && instruction.in_place;
+            let skip = i < instruction.in_place;
             input_guards.push(match operand {
                 Some(operand) if !skip && self.range(operand).is_some() => Some(self.read(operand)?),
                 _ => None,
@@ -466,7 +505,7 @@ impl Session {
             .map_err(|e| EngineError::Internal(format!("scratch of {}: {e}", instruction.node.name)))?;
         let mut inputs = Vec::with_capacity(instruction.inputs.len());
         for (i, operand) in instruction.inputs.iter().enumerate() {
-            let skip = i == 0 && instruction.in_place;
+            let skip = i < instruction.in_place;
             inputs.push(match operand {
                 Some(operand) if !skip => {
                     let info = &self.program.tensors[operand.tensor];
@@ -574,6 +613,43 @@ impl Session {
         }
         Ok(())
     }
+}
+
+/// Gives a state what it holds before the first run.
+fn set_initial(
+    program: &Program,
+    state: &StateInfo,
+    assignment: &plan::Assignment,
+    arena: &Arena,
+    sources: &[Arc<dyn ByteSource>],
+) -> Result<(), EngineError> {
+    let info = &program.tensors[state.tensor];
+    let (Some(initial), Storage::Buffer { buffer, offset }) = (&state.initial, &info.storage) else {
+        return Ok(());
+    };
+    let start = assignment.buffer_offset[*buffer] + offset;
+    let mut place = arena
+        .write(start..start + info.size_bytes())
+        .map_err(|e| EngineError::Internal(format!("{}: {e}", info.name)))?;
+    match initial {
+        Constant::Inline(tensor) => place.copy_from_slice(tensor.as_bytes()),
+        Constant::Stored(stored) => {
+            if stored.size.to_usize() != place.len() {
+                let problem =
+                    format!("{:?} takes {} bytes but {} are stored", info.name, place.len(), stored.size);
+                return Err(EngineError::Invalid(problem));
+            }
+            let source = sources.get(stored.source.0 as usize).ok_or_else(|| {
+                EngineError::Internal(format!("{:?} is in a file that was not given", info.name))
+            })?;
+            source.read_at(stored.offset, &mut place).map_err(|error| EngineError::Io {
+                weight: info.name.to_string(),
+                source_name: source.name(),
+                error,
+            })?;
+        }
+    }
+    Ok(())
 }
 
 /// For every weight that is read from the first instruction on: when its place is free of what the run before needs.

@@ -35,7 +35,7 @@ use serde::{Deserialize, Serialize};
 use crate::infer::{Einsum, EinsumAxis};
 use crate::{
     Activation, Constant, Direction, ElementwiseStep, Graph, LmOp, MlOp, Node, NodeId, Op, PoolAttributes,
-    ReduceOp, ResizeMode, TensorType, UnaryOp, ValueId,
+    RecurrentCell, ReduceOp, ResizeMode, TensorType, TrainOp, UnaryOp, ValueId,
 };
 
 /// What a node or a graph costs.
@@ -276,7 +276,52 @@ fn flops(op: &Op, s: &Sizes<'_>) -> f64 {
 
         Op::Ml(op) => classic(op, s),
         Op::Lm(op) => language(op, s),
+        Op::Train(op) => train(op, s),
         _ => 0.0,
+    }
+}
+
+fn train(op: &TrainOp, s: &Sizes<'_>) -> f64 {
+    match op {
+        // Every element of dy meets the weights of its output channel; either way as much as the forward pass.
+        TrainOp::ConvInputGrad { .. } => {
+            let w = s.input(1);
+            let columns = w.map_or(0.0, elements) / dim(w, 0).max(1.0);
+            2.0 * s.x() * columns
+        }
+        TrainOp::ConvWeightGrad { weight, .. } => {
+            let columns: usize = weight.iter().skip(1).product();
+            2.0 * s.input(1).map_or(0.0, elements) * columns as f64
+        }
+        TrainOp::PoolGrad { pool, .. } => s.x() * pool.kernel.iter().product::<usize>().max(1) as f64,
+        TrainOp::GatherGrad { .. } => s.input(1).map_or(0.0, elements),
+        TrainOp::ResizeGrad { .. } => s.x() * 4.0,
+        TrainOp::UnaryGrad(_) | TrainOp::SoftmaxGrad { .. } => s.out() * 4.0,
+        TrainOp::LayerNormGrad { .. } | TrainOp::RmsNormGrad { .. } | TrainOp::NormaliseGrad { .. } => {
+            s.out() * 8.0
+        }
+        TrainOp::BatchStatistics { .. } => s.x() * 4.0,
+        TrainOp::TrackStatistics { .. } | TrainOp::SignMask(_) | TrainOp::MaskGrad => s.x(),
+        TrainOp::ChannelSum { .. } => s.x(),
+        TrainOp::Normalise { .. } => s.out() * 2.0,
+        TrainOp::CrossEntropy { .. } | TrainOp::CrossEntropyGrad { .. } => s.x() * TRANSCENDENTAL,
+        // The forward pass again, then twice as much for both gradients.
+        TrainOp::RecurrentGrad { cell, attributes } => {
+            let gates = match cell {
+                RecurrentCell::Rnn => 1.0,
+                RecurrentCell::Gru => 3.0,
+                RecurrentCell::Lstm => 4.0,
+            };
+            let rows = s.x() / last(s.input(0), 0).max(1.0);
+            let columns = last(s.input(0), 0) + attributes.hidden_size as f64;
+            6.0 * rows * gates * attributes.hidden_size as f64 * columns
+        }
+        TrainOp::AttentionGrad(_) => {
+            // Five products of q by k, once more than the forward pass has and then some.
+            let keys = s.input(1).map_or(0.0, elements) / last(s.input(1), 0).max(1.0);
+            10.0 * s.x() * keys
+        }
+        TrainOp::Update { rule, .. } => s.x() * (2 + 4 * rule.moments()) as f64,
     }
 }
 

@@ -1,7 +1,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::op_attributes::*;
-use crate::{Activation, DType, Graph, LmOp, MlOp, Tensor};
+use crate::{Activation, DType, Graph, LmOp, MlOp, Tensor, TrainOp};
 
 /// One operand, element by element. Unless said otherwise the result has the operand's type.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
@@ -806,6 +806,10 @@ pub enum Op {
     // ---- language models ----
     /// Operators of decoder language models.
     Lm(Box<LmOp>),
+
+    // ---- training ----
+    /// Gradients, losses and updates of parameters.
+    Train(Box<TrainOp>),
 }
 
 impl Op {
@@ -828,6 +832,7 @@ impl Op {
             Op::Softmax { log: true, .. } => "LogSoftmax".to_owned(),
             Op::Ml(op) => variant(op),
             Op::Lm(op) => variant(op),
+            Op::Train(op) => variant(op),
             // Printing a whole body just to find its first word would be slow.
             Op::If { .. } => "If".to_owned(),
             Op::Loop { .. } => "Loop".to_owned(),
@@ -926,14 +931,16 @@ impl Op {
             Op::StringConcat => (2, 2),
             Op::Ml(op) => op.input_count(),
             Op::Lm(op) => op.input_count(),
+            Op::Train(op) => op.input_count(),
         }
     }
 
-    /// The operand, a state, whose place the first result takes.
-    pub fn updated_state(&self) -> Option<usize> {
+    /// How many of the first operands are states whose places the results of the same number take.
+    pub fn updated_states(&self) -> usize {
         match self {
-            Op::Lm(op) => op.updated_state(),
-            _ => None,
+            Op::Lm(op) => op.updated_states(),
+            Op::Train(op) => op.updated_states(),
+            _ => 0,
         }
     }
 

@@ -200,7 +200,7 @@ impl LmOp {
     }
 
     /// The operand that the first result replaces in place.
-    pub fn updated_state(&self) -> Option<usize> {
-        matches!(self, LmOp::CacheStore { .. }).then_some(0)
+    pub fn updated_states(&self) -> usize {
+        usize::from(matches!(self, LmOp::CacheStore { .. }))
     }
 }

@@ -147,7 +147,7 @@ impl<'a> Call<'a> {
             }
             Kernel::Activate { activation } => {
                 let y = self.result(outputs)?;
-                if !self.instruction.in_place {
+                if self.instruction.in_place == 0 {
                     y.copy_from_slice(self.f32(0)?);
                 }
                 activate(self.threads, *activation, y);
@@ -261,7 +261,7 @@ impl<'a> Call<'a> {
         let y = self.result(outputs)?;
         // Without operands that repeat, `n` is all of the result, which in a run for fewer rows is shorter.
         let n = n.min(y.len().max(1));
-        let x = if self.instruction.in_place { None } else { Some((self.f32(0)?, n)) };
+        let x = if self.instruction.in_place > 0 { None } else { Some((self.f32(0)?, n)) };
         let mut program = Vec::with_capacity(steps.len());
         for step in steps {
             program.push(match *step {

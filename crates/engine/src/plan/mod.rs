@@ -490,7 +490,7 @@ fn finish(
             streamed_at: load.as_ref().map(|l| l.issue),
         })
         .collect();
-    let in_place = program.instructions.iter().filter(|i| i.in_place).count();
+    let in_place = program.instructions.iter().filter(|i| i.in_place > 0).count();
     if in_place > 0 {
         decisions.push(Decision {
             technique: "in place".to_owned(),

@@ -56,7 +56,7 @@ fn greedy(program: &Program) -> Option<Vec<usize>> {
         for r in instruction.outputs.iter().flatten().filter_map(|o| resource(o.tensor)) {
             // Parts of one buffer that are written by different instructions do not conflict with each other, but
             // overwriting what somebody still reads does.
-            if instruction.in_place {
+            if instruction.in_place > 0 {
                 before.extend(writers.get(&r).into_iter().flatten().copied());
             }
             before.extend(readers.get(&r).into_iter().flatten().copied().filter(|&j| j != i));

@@ -557,7 +557,7 @@ impl Segment {
         let rows_of: HashMap<usize, usize> =
             inner.iter().copied().zip(parts.iter().map(|p| p.rows)).collect();
         for (instruction, part) in instructions.iter().zip(&parts) {
-            if instruction.in_place {
+            if instruction.in_place > 0 {
                 let source = instruction.inputs.first()?.as_ref()?.tensor;
                 if !inner.contains(&source) {
                     return None;
@@ -640,7 +640,7 @@ impl Segment {
                     last[home[producer]] = i;
                 }
             }
-            if instruction.in_place && i < self.inner.len() {
+            if instruction.in_place > 0 && i < self.inner.len() {
                 let source = instruction.inputs.first()?.as_ref()?.tensor;
                 home[i] = home[self.inner.iter().position(|&t| t == source)?];
             }
@@ -726,7 +726,7 @@ fn emit(original: &Program, program: &mut Program, split: &Split, segment: &Segm
             } else {
                 let old = &original.tensors[result.tensor];
                 let size = own.len() * row_bytes;
-                let storage = if instruction.in_place {
+                let storage = if instruction.in_place > 0 {
                     let source = copy.inputs.first()?.as_ref()?.tensor;
                     program.tensors[source].storage.clone()
                 } else {

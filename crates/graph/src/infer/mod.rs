@@ -39,6 +39,7 @@ mod signal;
 mod sweep;
 #[cfg(test)]
 mod tests;
+mod train;
 pub mod window;
 mod window_ops;
 
@@ -220,5 +221,6 @@ fn rule(o: &Operands<'_>) -> Rule<Vec<ValueType>> {
 
         Op::Ml(op) => classic::classic(o, op),
         Op::Lm(op) => language::language(o, op),
+        Op::Train(op) => train::train(o, op),
     }
 }
