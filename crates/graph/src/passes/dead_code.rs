@@ -55,7 +55,8 @@ fn clean(graph: &mut Graph) -> usize {
     }
     for id in graph.node_ids().into_iter().rev() {
         let node = graph.node_mut(id);
-        if !node.outputs.iter().flatten().any(|v| live[v.index()]) {
+        // What updates a state is done for its own sake.
+        if node.op.updated_states() == 0 && !node.outputs.iter().flatten().any(|v| live[v.index()]) {
             graph.remove_node(id);
             changed += 1;
             continue;

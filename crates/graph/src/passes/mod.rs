@@ -8,6 +8,7 @@ mod fold;
 mod fuse;
 mod layout;
 mod pipeline;
+mod place_updates;
 mod simplify;
 #[cfg(test)]
 mod testing;
@@ -21,6 +22,7 @@ pub use fuse::{
 };
 pub use layout::LayoutChoice;
 pub use pipeline::{PassReport, Pipeline, run_all};
+pub use place_updates::PlaceUpdates;
 pub use simplify::Simplify;
 
 use crate::{Graph, GraphError, Node, StoredTensor, Tensor, TensorType};

@@ -1,6 +1,6 @@
 use super::{
     ActivationFusion, AttentionFusion, BatchNormFusion, CommonSubexpression, DeadCode, ElementwiseFusion,
-    EpilogueFusion, Fold, LayoutChoice, NormalizationFusion, QuantizedFusion, Simplify,
+    EpilogueFusion, Fold, LayoutChoice, NormalizationFusion, PlaceUpdates, QuantizedFusion, Simplify,
 };
 use crate::infer::{Fact, infer_node};
 use crate::{Evaluate, Graph, GraphError, Node, Op, Pass, StoredTensor, Tensor, TensorType};
@@ -85,6 +85,46 @@ impl<'a> Pipeline<'a> {
         let chains: Vec<Box<dyn Pass + 'a>> = vec![Box::new(ElementwiseFusion), Box::new(DeadCode)];
         Pipeline {
             stages: vec![spellings, operators, order, chains],
+            stop_after: None,
+            verify: cfg!(debug_assertions),
+        }
+    }
+
+    /// What is done to a forward graph before it is differentiated: everything that makes it shorter without hiding an
+    /// operand that its gradient needs, and channels last.
+    pub fn before_differentiation(evaluate: &'a dyn Evaluate) -> Pipeline<'a> {
+        let spellings: Vec<Box<dyn Pass + 'a>> = vec![
+            Box::new(Fold::new(evaluate)),
+            Box::new(DeadCode),
+            Box::new(CommonSubexpression),
+            Box::new(Simplify),
+            Box::new(ActivationFusion),
+            Box::new(NormalizationFusion),
+        ];
+        let order: Vec<Box<dyn Pass + 'a>> = vec![
+            Box::new(LayoutChoice),
+            Box::new(Simplify),
+            Box::new(Fold::new(evaluate)),
+            Box::new(CommonSubexpression),
+            Box::new(DeadCode),
+        ];
+        Pipeline { stages: vec![spellings, order], stop_after: None, verify: cfg!(debug_assertions) }
+    }
+
+    /// What is done to a whole training step: fusion across forward and backward pass, and updates at their places.
+    pub fn after_differentiation(evaluate: &'a dyn Evaluate) -> Pipeline<'a> {
+        let clean: Vec<Box<dyn Pass + 'a>> = vec![
+            Box::new(Fold::new(evaluate)),
+            Box::new(DeadCode),
+            Box::new(CommonSubexpression),
+            Box::new(Simplify),
+        ];
+        let operators: Vec<Box<dyn Pass + 'a>> =
+            vec![Box::new(EpilogueFusion { evaluate }), Box::new(Simplify)];
+        let chains: Vec<Box<dyn Pass + 'a>> = vec![Box::new(ElementwiseFusion), Box::new(DeadCode)];
+        let places: Vec<Box<dyn Pass + 'a>> = vec![Box::new(PlaceUpdates)];
+        Pipeline {
+            stages: vec![clean, operators, chains, places],
             stop_after: None,
             verify: cfg!(debug_assertions),
         }
