@@ -57,6 +57,9 @@ pub enum EngineError {
         /// What the system said.
         error: std::io::Error,
     },
+    /// A tensor could not be spilled to the disk.
+    #[error("{0}; choose another folder to spill to, or a larger budget")]
+    Spill(std::io::Error),
     /// An expert could not be read, or not so many fit at once.
     #[error("node {node:?}: {error}")]
     Experts {

@@ -16,6 +16,7 @@ mod prepare;
 mod program;
 mod rows;
 mod session;
+mod spill;
 mod value;
 
 pub use error::EngineError;

@@ -100,6 +100,8 @@ pub(crate) struct Weight {
     pub packing: Packing,
     /// Bytes in the arena, packed.
     pub size: usize,
+    /// It is a tensor of the run itself that waits on the disk for its next use; see [`crate::spill`].
+    pub spilled: bool,
 }
 
 impl Weight {
@@ -161,11 +163,20 @@ pub(crate) struct Program {
     pub inputs: Vec<Port>,
     /// Graph outputs.
     pub outputs: Vec<Port>,
+    /// Tensors that wait on the disk between two uses.
+    pub spills: Vec<Spill>,
     /// What is kept between runs.
     pub states: Vec<StateInfo>,
     pub heap_slots: usize,
     /// The experts that a store holds.
     pub experts: Option<Arc<ExpertSet>>,
+}
+
+/// A tensor that is written to the disk after one use and comes back as a weight for the next.
+#[derive(Clone, Debug)]
+pub(crate) struct Spill {
+    pub tensor: usize,
+    pub weight: usize,
 }
 
 /// A tensor that is kept between runs, and what it holds before the first; zeros when nothing is said.
@@ -379,7 +390,13 @@ impl Builder<'_> {
         }
         let size = aligned(packing.packed_bytes(plain));
         let name: Arc<str> = v.name.as_str().into();
-        self.program.weights.push(Weight { name: name.clone(), origin, packing: packing.clone(), size });
+        self.program.weights.push(Weight {
+            name: name.clone(),
+            origin,
+            packing: packing.clone(),
+            size,
+            spilled: false,
+        });
         let storage = Storage::Weight(self.program.weights.len() - 1);
         self.program.tensors.push(Arc::new(TensorInfo { name, dtype, dims, storage }));
         let tensor = self.program.tensors.len() - 1;

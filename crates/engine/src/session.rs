@@ -17,6 +17,7 @@ use crate::ops::{OpContext, TensorView, TensorViewMut};
 use crate::plan::{self, Layout, Plan, PlanOptions};
 use crate::program::{Instruction, Operand, Port, Program, StateInfo, Storage};
 use crate::rows::Rows;
+use crate::spill::Spiller;
 use crate::{EngineError, RuntimeValue};
 
 /// Where the inputs of a run come from.
@@ -127,6 +128,7 @@ pub struct Session {
     profile: bool,
     rows: Rows,
     experts: Option<ChunkStore>,
+    spiller: Option<Spiller>,
     /// Per instruction: the weights whose reading starts before it, and those that it needs.
     issue: Vec<Vec<usize>>,
     needed: Vec<Vec<usize>>,
@@ -176,7 +178,7 @@ impl Session {
         if !options.rows.is_empty() {
             layout.plan.predicted_row_seconds = Some(plan::predict_row(&layout, &rows, &options.plan));
         }
-        let Layout { program, assignment, plan } = layout;
+        let Layout { mut program, assignment, plan } = layout;
         let memory = MemoryPool::new(options.plan.budget);
         let refused = |e: lightering_meter::MeterError| EngineError::Internal(e.to_string());
         let reserved = vec![
@@ -185,6 +187,16 @@ impl Session {
         ];
         let arena = Arc::new(Arena::new(plan.arena).map_err(EngineError::Memory)?);
         arena.populate();
+        let mut sources = sources;
+        let spiller = match &options.plan.spill {
+            Some(folder) if !program.spills.is_empty() => {
+                let at = sources.len();
+                let (spiller, file) = Spiller::new(&mut program, &assignment, arena.clone(), folder, at)?;
+                sources.push(file);
+                Some(spiller)
+            }
+            _ => None,
+        };
         let loader = Loader::new(&program, &assignment, arena.clone(), sources)?;
         for state in &program.states {
             set_initial(&program, state, &assignment, &arena, loader.sources())?;
@@ -212,6 +224,7 @@ impl Session {
         Ok(Session {
             rows,
             experts,
+            spiller,
             program,
             layout: assignment,
             plan,
@@ -301,7 +314,7 @@ impl Session {
         self.rows.begin_full();
         let result = self.run_inner(feed, fetch);
         if result.is_err() {
-            self.loader.settle();
+            self.settle();
         }
         result
     }
@@ -320,7 +333,7 @@ impl Session {
         self.rows.begin(rows)?;
         let result = self.run_inner(feed, fetch);
         if result.is_err() {
-            self.loader.settle();
+            self.settle();
         }
         result
     }
@@ -432,6 +445,19 @@ impl Session {
         Ok(report)
     }
 
+    /// Waits for everything that is under way, so that the session can be used again.
+    fn settle(&self) {
+        if let Some(spiller) = &self.spiller {
+            spiller.settle();
+        }
+        self.loader.settle();
+    }
+
+    /// Bytes written to the disk so far for tensors that wait there.
+    pub fn bytes_spilled(&self) -> Bytes {
+        self.spiller.as_ref().map_or(Bytes::ZERO, Spiller::bytes_written)
+    }
+
     fn bytes_read(&self) -> Bytes {
         self.loader.sources().iter().map(|s| s.bytes_read()).sum()
     }
@@ -477,8 +503,11 @@ impl Session {
 
     fn execute(&self, index: usize, heap: &mut Heap<'_>) -> Result<(), EngineError> {
         let instruction = &self.program.instructions[index];
-        if matches!(instruction.kernel, Kernel::Dynamic) {
-            return self.execute_dynamic(instruction, heap);
+        match (&instruction.kernel, &self.spiller) {
+            (Kernel::Dynamic, _) => return self.execute_dynamic(instruction, heap),
+            (Kernel::SpillStart(spill), Some(spiller)) => return spiller.start(*spill),
+            (Kernel::SpillEnd(spill), Some(spiller)) => return spiller.finish(*spill),
+            _ => {}
         }
         let for_rows = self.for_rows(instruction);
         let instruction = for_rows.as_ref().unwrap_or(instruction);

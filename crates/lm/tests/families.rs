@@ -65,11 +65,7 @@ fn decoder(file: &[u8]) -> lightering_lm::Result<Decoder> {
 
 fn start(decoder: &Decoder, budget: Option<Bytes>) -> Result<LanguageModel, EngineError> {
     let profile = MachineProfile::conservative();
-    decoder.start(
-        &PlanOptions { budget, threads: 2, profile, direct_reads: false },
-        &ExpertOptions::default(),
-        false,
-    )
+    decoder.start(&PlanOptions { budget, ..PlanOptions::new(profile, 2) }, &ExpertOptions::default(), false)
 }
 
 fn tokens(of: u32) -> Vec<u32> {

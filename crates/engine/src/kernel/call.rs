@@ -39,7 +39,9 @@ impl<'a> Call<'a> {
                 ops::compute(&node.op, self.inputs, outputs, workspace, self.context)
             }
             Kernel::GatherStored => return self.gather_stored(outputs),
-            Kernel::Dynamic => Err(OpError::Invalid("a dynamic node has no call".to_owned())),
+            Kernel::Dynamic | Kernel::SpillStart(_) | Kernel::SpillEnd(_) => {
+                Err(OpError::Invalid("a node that the session itself carries out has no call".to_owned()))
+            }
             Kernel::Conv { shape, batch, activation, planes, columns } => {
                 return self.conv(shape, *batch, *activation, *planes, *columns, outputs, workspace);
             }

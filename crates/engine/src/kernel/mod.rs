@@ -20,6 +20,10 @@ pub(crate) use packing::{Packing, Scale};
 pub(crate) enum Kernel {
     /// The general implementation behind [`crate::ops::compute`].
     Generic,
+    /// Has a tensor written to the disk, beside what follows: number of the spill in the program.
+    SpillStart(usize),
+    /// Waits until it is there.
+    SpillEnd(usize),
     /// Results on the counted heap; sizes are known when the node runs.
     Dynamic,
     /// `Gather` along axis 0 of a table that stays in its store.
@@ -145,6 +149,8 @@ impl Kernel {
         match self {
             Kernel::Generic => "general",
             Kernel::Dynamic => "dynamic",
+            Kernel::SpillStart(_) => "spill",
+            Kernel::SpillEnd(_) => "spilled",
             Kernel::GatherStored => "gather from file",
             Kernel::Conv { shape, .. } if shape.is_depthwise() => "conv depthwise",
             Kernel::Conv { shape, .. } if shape.is_pointwise() => "conv pointwise",
@@ -187,6 +193,7 @@ impl Kernel {
             | Kernel::LayerNorm { .. }
             | Kernel::RmsNorm { .. } => 0.1,
             Kernel::Pool { .. } | Kernel::GlobalAverage { .. } | Kernel::Activate { .. } => 0.15,
+            Kernel::SpillStart(_) | Kernel::SpillEnd(_) => 1.0,
             Kernel::Generic | Kernel::Dynamic | Kernel::GatherStored | Kernel::BlockGatherStored { .. } => {
                 0.03
             }

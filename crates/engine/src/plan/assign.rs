@@ -2,6 +2,7 @@
 
 use super::offsets::{Placement, Request, live_profile, place};
 use super::predict::{Rates, timeline};
+use crate::kernel::Kernel;
 use crate::program::{BufferKind, Program, Storage, WeightOrigin, aligned};
 
 /// When a streamed weight is read.
@@ -140,10 +141,28 @@ pub(crate) fn activation_requests(program: &Program) -> Vec<(Owner, Request)> {
     requests
 }
 
+/// Per weight: the first instruction before which its reading may start. Only what is spilled has to wait.
+fn earliest_issue(program: &Program) -> Vec<usize> {
+    let mut earliest = vec![0; program.weights.len()];
+    for (i, instruction) in program.instructions.iter().enumerate() {
+        if let Kernel::SpillEnd(spill) = instruction.kernel {
+            earliest[program.spills[spill].weight] = i + 1;
+        }
+    }
+    earliest
+}
+
 /// Places everything for the given reading schedule.
-fn assignment(program: &Program, loads: Vec<Option<Load>>, staging: usize) -> Assignment {
+fn assignment(program: &Program, mut loads: Vec<Option<Load>>, staging: usize) -> Assignment {
     let end = program.instructions.len().saturating_sub(1);
     let uses = weight_uses(program);
+    for (w, load) in loads.iter_mut().enumerate() {
+        if program.weights[w].spilled
+            && let (None, Some((first, _))) = (&load, uses[w])
+        {
+            *load = Some(Load { issue: first, needed: first });
+        }
+    }
     let mut requests = activation_requests(program);
     // Loading the resident weights needs the staging area, too, but only before the first instruction; inputs that
     // are given before that moment must not lie there, so it is alive during instruction 0.
@@ -201,6 +220,22 @@ fn all_streamed(program: &Program) -> Vec<Option<Load>> {
             _ => None,
         })
         .collect()
+}
+
+/// Bytes alive during each instruction when every weight is streamed.
+pub(super) fn minimal_live(program: &Program) -> Vec<usize> {
+    let end = program.instructions.len().saturating_sub(1);
+    let uses = weight_uses(program);
+    let mut requests: Vec<Request> = activation_requests(program).into_iter().map(|(_, r)| r).collect();
+    requests.push(Request { size: staging_bytes(program, STAGING_BYTES_MIN), live: 0..=end });
+    for ((load, weight), used) in all_streamed(program).iter().zip(&program.weights).zip(&uses) {
+        let live = match (load, used) {
+            (Some(load), Some((_, last))) => load.issue..=*last,
+            _ => 0..=end,
+        };
+        requests.push(Request { size: weight.size, live });
+    }
+    live_profile(&requests)
 }
 
 pub(crate) fn minimal(program: &Program) -> Minimal {
@@ -302,11 +337,12 @@ fn extend_leads(
     target: usize,
     lead: usize,
 ) {
+    let bounds = earliest_issue(program);
     let mut earliest = 0;
     for &w in streamed {
         let size = program.weights[w].size;
         let Some(load) = &mut loads[w] else { continue };
-        while load.issue > earliest
+        while load.issue > earliest.max(bounds[w])
             && load.needed - load.issue < lead
             && live[load.issue - 1] + size <= target
         {
@@ -325,7 +361,8 @@ fn keep_resident(
     live: &mut [usize],
     target: usize,
 ) {
-    let mut order: Vec<usize> = (0..loads.len()).filter(|&w| loads[w].is_some()).collect();
+    let mut order: Vec<usize> =
+        (0..loads.len()).filter(|&w| loads[w].is_some() && !program.weights[w].spilled).collect();
     order.sort_by_key(|&w| {
         let size = program.weights[w].size;
         if size < SMALL_WEIGHT { (0, size) } else { (1, usize::MAX - size) }

@@ -148,7 +148,7 @@ fn emit(
         });
         let size = aligned(packing.packed_bytes(n * row_bytes as usize));
         let name: Arc<str> = format!("{} channels {}..{}", whole.name, part.start, part.end).into();
-        let chunk = Weight { name: name.clone(), origin, packing, size };
+        let chunk = Weight { name: name.clone(), origin, packing, size, spilled: false };
         // The first chunk takes the place of the whole.
         let index = if index == 0 {
             program.weights[w] = chunk;

@@ -10,10 +10,12 @@ mod chunks;
 mod offsets;
 mod order;
 mod predict;
+mod spill;
 mod stripes;
 mod svg;
 
 use std::collections::BTreeMap;
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use lightering_graph::{LmOp, Op};
@@ -39,12 +41,14 @@ pub struct PlanOptions {
     pub profile: MachineProfile,
     /// Weights are read past the page cache.
     pub direct_reads: bool,
+    /// Folder on a disk where tensors may wait between two uses that are far apart; nowhere if not given.
+    pub spill: Option<PathBuf>,
 }
 
 impl PlanOptions {
     /// A plan for this machine without a budget.
     pub fn new(profile: MachineProfile, threads: usize) -> PlanOptions {
-        PlanOptions { budget: None, threads, profile, direct_reads: false }
+        PlanOptions { budget: None, threads, profile, direct_reads: false, spill: None }
     }
 }
 
@@ -161,6 +165,8 @@ const CHUNKS_PER_BUDGET: usize = 8;
 const CHUNK_BYTES_MIN: usize = 64 << 10;
 /// Fractions of the limit that are aimed at, one after the other, until a plan fits.
 const AIMS: [f64; 4] = [1.0, 0.92, 0.82, 0.7];
+/// Tensors are spilled until this part of the limit is free at every instruction.
+const SPILL_ROOM: usize = 16;
 /// Stripes are introduced at most so many times.
 const STRIPE_ROUNDS_MAX: usize = 24;
 
@@ -293,6 +299,11 @@ pub(crate) fn plan(mut program: Program, options: &PlanOptions) -> Result<Layout
             }
             experts::set_slots(&mut program, experts::SLOTS_MIN);
         }
+    }
+    if options.spill.is_some() {
+        // A little room for fragmentation, which the live bytes do not show.
+        let room = limit.saturating_sub(limit / SPILL_ROOM);
+        decisions.extend(spill::spill(&mut program, room, &rates));
     }
     let found =
         fit(&program, budget, &rates).or_else(|shortage| shortage.look_further(&program, budget, &rates));

@@ -14,6 +14,7 @@ pub(crate) struct Rates {
     flops: f64,
     memory: f64,
     disk: f64,
+    disk_write: f64,
     direct: bool,
     threads: f64,
     cores: f64,
@@ -23,6 +24,8 @@ pub(crate) struct Rates {
 const CALL_SECONDS: f64 = 3e-6;
 /// Cost of one request to the store.
 const READ_SECONDS: f64 = 10e-6;
+/// Rate of writing past the page cache as part of the rate of reading; the machine profile has no measurement of its own.
+const WRITING_TO_READING: f64 = 0.5;
 /// Bytes of a weight that one core copies out of the page cache and packs in a second.
 const PACKED_PER_SECOND: f64 = 4e9;
 
@@ -30,10 +33,12 @@ impl Rates {
     pub fn new(options: &PlanOptions) -> Rates {
         let threads = options.threads as u32;
         let disk = options.profile.disk_read_at(DiskPattern::Sequential, options.direct_reads, Bytes::mib(1));
+        let direct = options.profile.disk_read_at(DiskPattern::Sequential, true, Bytes::mib(1));
         Rates {
             flops: options.profile.gemm_f32_at(threads).0,
             memory: options.profile.memory_bandwidth_at(threads).0,
             disk: disk.map_or(200e6, |d| d.0),
+            disk_write: direct.map_or(100e6, |d| d.0 * WRITING_TO_READING),
             direct: options.direct_reads,
             threads: options.threads as f64,
             cores: f64::from(options.profile.cores.max(1)),
@@ -50,6 +55,11 @@ impl Rates {
     /// Reading bytes that need no packing.
     pub fn reading(&self, bytes: usize) -> f64 {
         READ_SECONDS + bytes as f64 / self.disk
+    }
+
+    /// Writing bytes past the page cache.
+    pub fn writing(&self, bytes: usize) -> f64 {
+        READ_SECONDS + bytes as f64 / self.disk_write
     }
 
     /// What a core works on a weight: nothing where the disk puts it straight into its place.
@@ -94,11 +104,22 @@ pub(crate) fn timeline_of(
         .collect();
     loads.sort_unstable();
     let (mut now, mut stall, mut reader_free) = (0.0f64, 0.0f64, 0.0f64);
+    let mut writer_free = 0.0f64;
+    let mut written = vec![0.0f64; program.spills.len()];
     let mut start = Vec::with_capacity(compute.len());
     let mut next = 0;
     for (i, seconds) in compute.iter().enumerate() {
         start.push(now);
         let mut ready = now;
+        match program.instructions[i].kernel {
+            Kernel::SpillStart(spill) => {
+                let size = program.weights[program.spills[spill].weight].size;
+                writer_free = writer_free.max(now) + rates.writing(size);
+                written[spill] = writer_free;
+            }
+            Kernel::SpillEnd(spill) => ready = ready.max(written[spill]),
+            _ => {}
+        }
         while next < loads.len() && loads[next].0 == i {
             let (_, issue, w) = loads[next];
             reader_free = reader_free.max(start[issue.min(i)]) + rates.load(&program.weights[w]);

@@ -1,0 +1,192 @@
+//! Which tensors wait on the disk between two uses.
+
+use std::sync::Arc;
+
+use lightering_graph::{Node, Op, SourceId, StoredTensor, UnaryOp};
+use lightering_units::Bytes;
+
+use super::Decision;
+use super::assign::minimal_live;
+use super::predict::Rates;
+use crate::kernel::{Kernel, Packing};
+use crate::program::{
+    BufferKind, Instruction, Operand, Program, Spill, Storage, TensorInfo, Weight, WeightOrigin, aligned,
+};
+
+/// Smaller tensors are not worth a request.
+const SPILL_BYTES_MIN: usize = 128 << 10;
+/// A tensor must be back this many instructions before its use, and gone this many after it, for the spill to help.
+const MARGIN: usize = 2;
+
+/// A buffer between two uses.
+struct Gap {
+    buffer: usize,
+    /// Last instruction that uses it before, first that uses it after.
+    before: usize,
+    after: usize,
+    /// First instruction that runs when it is on the disk, if the disk is as fast as the profile says.
+    written: usize,
+}
+
+/// Spills tensors until no instruction needs more than `limit` bytes, or nothing more can be spilled.
+pub(super) fn spill(program: &mut Program, limit: usize, rates: &Rates) -> Vec<Decision> {
+    let mut bytes = 0;
+    let mut count = 0;
+    // What has been tried at a peak in vain is not tried again.
+    let mut hopeless = vec![false; program.instructions.len()];
+    loop {
+        let live = minimal_live(program);
+        let peak = (0..live.len()).filter(|&i| !hopeless[i] && live[i] > limit).max_by_key(|&i| live[i]);
+        let Some(peak) = peak else { break };
+        let gaps = gaps_at(program, peak, rates);
+        // The largest first: fewest requests; of equal ones, the one that is away longest.
+        let Some(gap) = gaps.into_iter().max_by_key(|g| (program.buffers[g.buffer].size, g.after - g.before))
+        else {
+            hopeless[peak] = true;
+            continue;
+        };
+        bytes += program.buffers[gap.buffer].size;
+        count += 1;
+        apply(program, &gap);
+        // Two instructions more, behind the last use and where the tensor has to be on the disk.
+        hopeless.insert(gap.before + 1, false);
+        hopeless.insert(gap.written + 1, false);
+    }
+    if count == 0 {
+        return Vec::new();
+    }
+    vec![Decision {
+        technique: "spill".to_owned(),
+        what: format!("{count} tensors"),
+        bytes: Bytes(bytes as u64),
+        why: "wait on the disk between two uses that are far apart, written and read while others compute"
+            .to_owned(),
+    }]
+}
+
+/// Buffers that nobody uses around `peak` and that could be away there.
+fn gaps_at(program: &Program, peak: usize, rates: &Rates) -> Vec<Gap> {
+    let n = program.buffers.len();
+    let mut before: Vec<Option<usize>> = vec![None; n];
+    let mut after: Vec<Option<usize>> = vec![None; n];
+    let mut written_last = vec![0; n];
+    for (i, instruction) in program.instructions.iter().enumerate() {
+        for b in program.buffers_of(instruction) {
+            if i <= peak {
+                before[b] = Some(i);
+            } else if after[b].is_none() {
+                after[b] = Some(i);
+            }
+        }
+        for output in instruction.outputs.iter().flatten() {
+            if let Storage::Buffer { buffer, .. } = program.tensors[output.tensor].storage {
+                written_last[buffer] = i;
+            }
+        }
+    }
+    for port in &program.inputs {
+        if let Storage::Buffer { buffer, .. } = program.tensors[port.tensor].storage {
+            before[buffer].get_or_insert(0);
+        }
+    }
+    let mut whole = vec![true; n];
+    for tensor in &program.tensors {
+        if let Storage::Buffer { buffer, offset } = tensor.storage {
+            whole[buffer] &= offset == 0 && aligned(tensor.size_bytes()) == program.buffers[buffer].size;
+        }
+    }
+    let compute: Vec<f64> = program.instructions.iter().map(|i| rates.cost(&i.kernel, &i.cost)).collect();
+    (0..n)
+        .filter_map(|b| {
+            let (before, after, buffer) = (before[b]?, after[b]?, &program.buffers[b]);
+            let may = matches!(buffer.kind, BufferKind::Activation | BufferKind::Input)
+                && buffer.size >= SPILL_BYTES_MIN
+                && whole[b]
+                && written_last[b] <= before;
+            // The disk works while the next instructions compute; only then is the place free.
+            let mut written = before + 1;
+            let mut left = rates.writing(buffer.size);
+            while written < peak && left > compute[written] {
+                left -= compute[written];
+                written += 1;
+            }
+            (may && before < peak && written < peak && peak + MARGIN <= after).then_some(Gap {
+                buffer: b,
+                before,
+                after,
+                written,
+            })
+        })
+        .collect()
+}
+
+fn apply(program: &mut Program, gap: &Gap) {
+    let name: Arc<str> = format!("{} (spilled)", program.buffers[gap.buffer].name).into();
+    let size = program.buffers[gap.buffer].size;
+    let weight = program.weights.len();
+    let in_buffer = |tensor: &TensorInfo| matches!(tensor.storage, Storage::Buffer { buffer, .. } if buffer == gap.buffer);
+    let tensor = (0..program.tensors.len())
+        .find(|&t| in_buffer(&program.tensors[t]))
+        .expect("a buffer that is used holds a tensor");
+    // The session says where in the file it lies.
+    let stored = StoredTensor {
+        source: SourceId(u32::MAX),
+        offset: 0,
+        size: Bytes(program.tensors[tensor].size_bytes() as u64),
+    };
+    program.weights.push(Weight {
+        name,
+        origin: WeightOrigin::Stored(stored),
+        packing: Packing::Plain,
+        size,
+        spilled: true,
+    });
+    // Whoever reads a tensor of the buffer after the gap reads the weight.
+    let mut moved: Vec<Option<usize>> = vec![None; program.tensors.len()];
+    for i in gap.after..program.instructions.len() {
+        let uses = |o: &Option<Operand>| o.as_ref().is_some_and(|o| in_buffer(&program.tensors[o.tensor]));
+        if !program.instructions[i].inputs.iter().any(uses) {
+            continue;
+        }
+        let mut inputs = program.instructions[i].inputs.clone();
+        for operand in inputs.iter_mut().flatten() {
+            if !in_buffer(&program.tensors[operand.tensor]) {
+                continue;
+            }
+            let new = moved[operand.tensor].unwrap_or_else(|| {
+                let mut info = (*program.tensors[operand.tensor]).clone();
+                info.storage = Storage::Weight(weight);
+                program.tensors.push(Arc::new(info));
+                program.tensors.len() - 1
+            });
+            moved[operand.tensor] = Some(new);
+            operand.tensor = new;
+        }
+        Arc::make_mut(&mut program.instructions[i]).inputs = inputs;
+    }
+    let spill = program.spills.len();
+    program.spills.push(Spill { tensor, weight });
+    let operand = program.whole(tensor);
+    let instruction = |kernel: Kernel, word: &str| {
+        Arc::new(Instruction {
+            node: Arc::new(Node {
+                name: format!("{word} {}", program.buffers[gap.buffer].name),
+                op: Op::Unary(UnaryOp::Identity),
+                inputs: Vec::new(),
+                outputs: Vec::new(),
+            }),
+            kernel,
+            inputs: vec![Some(operand.clone())],
+            outputs: Vec::new(),
+            workspace: 0,
+            stripe: None,
+            cost: lightering_graph::Cost::default(),
+            in_place: 0,
+            origin: 0,
+        })
+    };
+    let (start, end) =
+        (instruction(Kernel::SpillStart(spill), "spill"), instruction(Kernel::SpillEnd(spill), "spilled"));
+    program.instructions.insert(gap.before + 1, start);
+    program.instructions.insert(gap.written + 1, end);
+}

@@ -1,0 +1,160 @@
+//! Tensors that wait on the disk between two uses that are far apart: written by a thread of their own while the next
+//! layers compute, read back by the loader as streamed weights are (SSDTrain, arXiv 2408.10013, section 3).
+
+use std::ops::Range;
+use std::path::Path;
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::thread::JoinHandle;
+
+use lightering_graph::{SourceId, StoredTensor};
+use lightering_tier::{ARENA_ALIGNMENT, Arena, SpillFile};
+use lightering_units::Bytes;
+
+use crate::EngineError;
+use crate::plan::Assignment;
+use crate::program::{Program, Storage, WeightOrigin};
+
+/// Stack of the writing thread; the pages through which it copies lie there.
+const WRITER_STACK_BYTES: usize = 256 << 10;
+
+struct Desk {
+    file: Arc<SpillFile>,
+    arena: Arc<Arena>,
+    /// Per spill: where it lies in the arena and in the file.
+    places: Vec<(Range<usize>, u64)>,
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+#[derive(Default)]
+struct State {
+    /// Per spill: asked for and not on the disk yet.
+    pending: Vec<bool>,
+    error: Option<EngineError>,
+}
+
+impl Desk {
+    fn write(&self, spill: usize) -> Result<(), EngineError> {
+        let (range, offset) = &self.places[spill];
+        let bytes = self.arena.read(range.clone()).map_err(|e| EngineError::Internal(e.to_string()))?;
+        self.file.write_at(*offset, &bytes).map_err(EngineError::Spill)
+    }
+
+    fn state(&self) -> std::sync::MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn write_until_closed(&self, queue: &Receiver<usize>) {
+        while let Ok(spill) = queue.recv() {
+            let result = self.write(spill);
+            let mut state = self.state();
+            state.pending[spill] = false;
+            if let Err(error) = result {
+                state.error.get_or_insert(error);
+            }
+            drop(state);
+            self.changed.notify_all();
+        }
+    }
+}
+
+/// Writes spilled tensors; see the module's page.
+pub(crate) struct Spiller {
+    desk: Arc<Desk>,
+    jobs: Option<SyncSender<usize>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+/// Where each spill of a program lies in its file, and the size of that file. A spill begins at the same place within a
+/// page as in the arena, so that its pages are written from there.
+fn places(program: &Program, assignment: &Assignment) -> (Vec<(Range<usize>, u64)>, Bytes) {
+    let page = ARENA_ALIGNMENT as u64;
+    let mut end = 0u64;
+    let places = program
+        .spills
+        .iter()
+        .map(|spill| {
+            let info = &program.tensors[spill.tensor];
+            let start = match info.storage {
+                Storage::Buffer { buffer, offset } => assignment.buffer_offset[buffer] + offset,
+                _ => 0,
+            };
+            let at = end + start as u64 % page;
+            end = (at + info.size_bytes() as u64).next_multiple_of(page);
+            (start..start + info.size_bytes(), at)
+        })
+        .collect();
+    (places, Bytes(end))
+}
+
+impl Spiller {
+    /// Makes the file in `folder`, which becomes source `source` of the program, and starts the writing thread.
+    pub fn new(
+        program: &mut Program,
+        assignment: &Assignment,
+        arena: Arc<Arena>,
+        folder: &Path,
+        source: usize,
+    ) -> Result<(Spiller, Arc<SpillFile>), EngineError> {
+        let (places, size) = places(program, assignment);
+        let file = Arc::new(SpillFile::create(folder, size).map_err(EngineError::Spill)?);
+        let source = SourceId(u32::try_from(source).expect("fewer than 2^32 files"));
+        for (spill, (range, at)) in program.spills.iter().zip(&places) {
+            let stored = StoredTensor { source, offset: *at, size: Bytes(range.len() as u64) };
+            program.weights[spill.weight].origin = WeightOrigin::Stored(stored);
+        }
+        let (jobs, queue) = sync_channel(places.len().max(1));
+        let state = Mutex::new(State { pending: vec![false; places.len()], error: None });
+        let desk = Arc::new(Desk { file: file.clone(), arena, places, state, changed: Condvar::new() });
+        let writer = desk.clone();
+        let thread = std::thread::Builder::new()
+            .name("lighter-spill".to_owned())
+            .stack_size(WRITER_STACK_BYTES)
+            .spawn(move || writer.write_until_closed(&queue))
+            .map_err(EngineError::Memory)?;
+        Ok((Spiller { desk, jobs: Some(jobs), thread: Some(thread) }, file))
+    }
+
+    /// Has a tensor written; it must stay as it is until [`Spiller::finish`].
+    pub fn start(&self, spill: usize) -> Result<(), EngineError> {
+        self.desk.state().pending[spill] = true;
+        match self.jobs.as_ref().map(|jobs| jobs.send(spill)) {
+            Some(Ok(())) => Ok(()),
+            _ => Err(EngineError::Internal("the thread that spills is gone".to_owned())),
+        }
+    }
+
+    /// Waits until a tensor is on the disk.
+    pub fn finish(&self, spill: usize) -> Result<(), EngineError> {
+        let mut state = self.desk.state();
+        while state.pending[spill] && state.error.is_none() {
+            state = self.desk.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+        state.error.take().map_or(Ok(()), Err)
+    }
+
+    /// Waits until nothing is being written, so that an interrupted run leaves the arena free.
+    pub fn settle(&self) {
+        let mut state = self.desk.state();
+        while state.pending.iter().any(|&p| p) {
+            state = self.desk.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+        state.error = None;
+    }
+
+    /// Bytes written so far.
+    pub fn bytes_written(&self) -> Bytes {
+        self.desk.file.bytes_written()
+    }
+}
+
+impl Drop for Spiller {
+    fn drop(&mut self) {
+        drop(self.jobs.take());
+        if let Some(thread) = self.thread.take() {
+            // A panic in the thread would have left the run waiting; there is nothing to add.
+            let _ = thread.join();
+        }
+    }
+}
