@@ -9,6 +9,7 @@ mod fuse;
 mod layout;
 mod pipeline;
 mod place_updates;
+mod recompute;
 mod simplify;
 #[cfg(test)]
 mod testing;
@@ -23,6 +24,7 @@ pub use fuse::{
 pub use layout::LayoutChoice;
 pub use pipeline::{PassReport, Pipeline, run_all};
 pub use place_updates::PlaceUpdates;
+pub use recompute::ForwardPass;
 pub use simplify::Simplify;
 
 use crate::{Graph, GraphError, Node, StoredTensor, Tensor, TensorType};
