@@ -25,5 +25,5 @@ pub use interpreter::{Evaluator, execute_op, interpret, run_graph};
 pub use plan::{Decision, PLAN_SCHEMA, Plan, PlanOptions, PlannedBuffer, PlannedInstruction, PlannedWeight};
 pub use prepare::{Bindings, PrepareOptions, prepare};
 pub use program::BufferKind;
-pub use session::{Feed, OutputView, RunReport, Session, SessionOptions, plan_graph};
+pub use session::{Feed, OutputView, Part, RunReport, Session, SessionOptions, plan_graph};
 pub use value::RuntimeValue;

@@ -1,6 +1,6 @@
 //! A planned graph, ready to run.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -99,6 +99,8 @@ pub struct SessionOptions {
     pub rows: Vec<Vec<String>>,
     /// How experts are kept and fetched that do not all fit into memory.
     pub experts: ExpertOptions,
+    /// What can be run by itself; see [`Session::run_part`].
+    pub parts: Vec<Part>,
     /// There will be many runs, so that weights for the next one may be read while this one ends.
     pub repeats: bool,
 }
@@ -111,8 +113,87 @@ impl SessionOptions {
             profile: false,
             rows: Vec::new(),
             experts: ExpertOptions::default(),
+            parts: Vec::new(),
             repeats: false,
         }
+    }
+}
+
+/// Some results of a graph, with everything that they need and nothing else: of a graph that holds a training step and an
+/// evaluation over the same parameters, one of the two.
+#[derive(Clone, Debug, Default)]
+pub struct Part {
+    /// Names of the outputs.
+    pub outputs: Vec<String>,
+    /// Also carries out what updates states.
+    pub updates: bool,
+}
+
+/// What a run of a [`Part`] touches.
+struct PartOfProgram {
+    /// Per instruction, input and output of the program.
+    instructions: Vec<bool>,
+    inputs: Vec<bool>,
+    outputs: Vec<bool>,
+    /// Per weight.
+    weights: Vec<bool>,
+}
+
+impl PartOfProgram {
+    fn everything(program: &Program) -> PartOfProgram {
+        PartOfProgram {
+            instructions: vec![true; program.instructions.len()],
+            inputs: vec![true; program.inputs.len()],
+            outputs: vec![true; program.outputs.len()],
+            weights: vec![true; program.weights.len()],
+        }
+    }
+
+    fn of(program: &Program, part: &Part) -> Result<PartOfProgram, EngineError> {
+        let mut outputs = vec![false; program.outputs.len()];
+        for name in &part.outputs {
+            let found = program.outputs.iter().position(|p| p.name == *name);
+            outputs[found.ok_or_else(|| EngineError::Invalid(format!("there is no output {name:?}")))?] =
+                true;
+        }
+        // What a tensor is kept in; whoever writes there belongs to it.
+        let place = |tensor: usize| match program.tensors[tensor].storage {
+            Storage::Buffer { buffer, .. } => Some((0, buffer)),
+            Storage::Heap(slot) => Some((1, slot)),
+            Storage::Weight(w) if program.weights[w].spilled => Some((2, w)),
+            _ => None,
+        };
+        let mut needed: HashSet<(u8, usize)> = HashSet::new();
+        for (port, _) in program.outputs.iter().zip(&outputs).filter(|(_, wanted)| **wanted) {
+            needed.extend(place(port.tensor));
+        }
+        let mut instructions = vec![false; program.instructions.len()];
+        for (i, instruction) in program.instructions.iter().enumerate().rev() {
+            let spill = match instruction.kernel {
+                Kernel::SpillStart(s) | Kernel::SpillEnd(s) => Some((2, program.spills[s].weight)),
+                _ => None,
+            };
+            let updates = instruction.node.op.updated_states() > 0;
+            let wanted = spill.is_some_and(|s| needed.contains(&s))
+                || instruction
+                    .outputs
+                    .iter()
+                    .flatten()
+                    .any(|o| place(o.tensor).is_some_and(|p| needed.contains(&p)));
+            if (part.updates && updates) || (wanted && !(updates && !part.updates)) {
+                instructions[i] = true;
+                needed.extend(instruction.inputs.iter().flatten().filter_map(|o| place(o.tensor)));
+            }
+        }
+        let inputs =
+            program.inputs.iter().map(|p| place(p.tensor).is_some_and(|p| needed.contains(&p))).collect();
+        let mut weights = vec![false; program.weights.len()];
+        for (instruction, _) in program.instructions.iter().zip(&instructions).filter(|(_, run)| **run) {
+            for w in program.weights_of(instruction) {
+                weights[w] = true;
+            }
+        }
+        Ok(PartOfProgram { instructions, inputs, outputs, weights })
     }
 }
 
@@ -127,6 +208,8 @@ pub struct Session {
     memory: MemoryPool,
     profile: bool,
     rows: Rows,
+    /// Everything first, then the parts that were asked for.
+    parts: Vec<PartOfProgram>,
     experts: Option<ChunkStore>,
     spiller: Option<Spiller>,
     /// Per instruction: the weights whose reading starts before it, and those that it needs.
@@ -221,8 +304,13 @@ impl Session {
             }
             None => None,
         };
+        let mut parts = vec![PartOfProgram::everything(&program)];
+        for part in &options.parts {
+            parts.push(PartOfProgram::of(&program, part)?);
+        }
         Ok(Session {
             rows,
+            parts,
             experts,
             spiller,
             program,
@@ -312,7 +400,28 @@ impl Session {
         fetch: &mut dyn FnMut(&str, OutputView<'_>) -> Result<(), EngineError>,
     ) -> Result<RunReport, EngineError> {
         self.rows.begin_full();
-        let result = self.run_inner(feed, fetch);
+        let result = self.run_inner(0, feed, fetch);
+        if result.is_err() {
+            self.settle();
+        }
+        result
+    }
+
+    /// Runs part `part` of [`SessionOptions::parts`] once: asks for the inputs that it needs, gives its outputs.
+    ///
+    /// # Errors
+    /// As [`run`](Self::run), and when there is no such part.
+    pub fn run_part(
+        &mut self,
+        part: usize,
+        feed: &mut dyn Feed,
+        fetch: &mut dyn FnMut(&str, OutputView<'_>) -> Result<(), EngineError>,
+    ) -> Result<RunReport, EngineError> {
+        if part + 1 >= self.parts.len() {
+            return Err(EngineError::Invalid(format!("there is no part {part} of this session")));
+        }
+        self.rows.begin_full();
+        let result = self.run_inner(part + 1, feed, fetch);
         if result.is_err() {
             self.settle();
         }
@@ -331,7 +440,7 @@ impl Session {
         fetch: &mut dyn FnMut(&str, OutputView<'_>) -> Result<(), EngineError>,
     ) -> Result<RunReport, EngineError> {
         self.rows.begin(rows)?;
-        let result = self.run_inner(feed, fetch);
+        let result = self.run_inner(0, feed, fetch);
         if result.is_err() {
             self.settle();
         }
@@ -353,16 +462,18 @@ impl Session {
 
     fn run_inner(
         &mut self,
+        part: usize,
         feed: &mut dyn Feed,
         fetch: &mut dyn FnMut(&str, OutputView<'_>) -> Result<(), EngineError>,
     ) -> Result<RunReport, EngineError> {
+        let part = &self.parts[part];
         let start = Instant::now();
         let read_before = self.bytes_read();
         let mut heap = Heap::new(self.program.heap_slots, &self.memory);
         let wrong = |port: &Port, problem: String| {
             EngineError::Invalid(format!("input {:?} ({}) {problem}", port.name, port.ty))
         };
-        for port in &self.program.inputs {
+        for (port, _) in self.program.inputs.iter().zip(&part.inputs).filter(|(_, wanted)| **wanted) {
             match &self.program.tensors[port.tensor].storage {
                 Storage::Heap(slot) => {
                     let value = feed.value(&port.name, &port.ty).map_err(|e| wrong(port, e))?;
@@ -387,18 +498,25 @@ impl Session {
         let mut stall = 0.0;
         let expert_stall = self.experts.as_ref().map_or(Seconds(0.0), |s| s.stats().stall);
         for i in 0..self.program.instructions.len() {
+            let wanted = |w: &&usize| part.weights[**w];
             for &w in &self.ahead[i] {
                 self.loader.request_ahead(w);
             }
-            for &w in &self.issue[i] {
+            for &w in self.issue[i].iter().filter(wanted) {
                 self.loader.request(w);
             }
             if !self.needed[i].is_empty() {
                 let waiting = Instant::now();
-                for &w in &self.needed[i] {
+                for &w in self.needed[i].iter().filter(wanted) {
                     self.loader.wait(w)?;
                 }
                 stall += waiting.elapsed().as_secs_f64();
+            }
+            if !part.instructions[i] {
+                if self.profile {
+                    report.instruction_seconds.push(Seconds(0.0));
+                }
+                continue;
             }
             let began = self.profile.then(Instant::now);
             self.execute(i, &mut heap)?;
@@ -409,7 +527,7 @@ impl Session {
                 heap.drop_value(slot);
             }
         }
-        for port in &self.program.outputs {
+        for (port, _) in self.program.outputs.iter().zip(&part.outputs).filter(|(_, wanted)| **wanted) {
             let info = &self.program.tensors[port.tensor];
             match &info.storage {
                 Storage::Heap(slot) => {
