@@ -9,7 +9,7 @@ fn root() -> PathBuf {
 }
 
 /// The floor of every crate; an arrow may only point to a lower one.
-const FLOORS: [(&str, u32); 10] = [
+const FLOORS: [(&str, u32); 11] = [
     ("units", 0),
     ("meter", 0),
     ("graph", 1),
@@ -17,6 +17,7 @@ const FLOORS: [(&str, u32); 10] = [
     ("tier", 1),
     ("formats", 2),
     ("engine", 2),
+    ("train", 3),
     ("lm", 4),
     ("server", 5),
     ("cli", 6),

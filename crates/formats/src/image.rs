@@ -84,6 +84,28 @@ impl Picture {
         Picture::from_rgb(rgb.width(), rgb.height(), rgb.into_raw())
     }
 
+    /// Width and height that [`decode`](Self::decode) will yield, from the header alone.
+    pub fn dimensions(bytes: &[u8]) -> Result<(u32, u32)> {
+        let reader = ImageReader::new(Cursor::new(bytes))
+            .with_guessed_format()
+            .map_err(|e| Error::io("picture", e))?;
+        if reader.format().is_none() {
+            return Err(Error::invalid("picture", "an unknown format", "PNG, JPEG, BMP, GIF or WebP"));
+        }
+        let mut decoder = reader.into_decoder().map_err(|e| Error::corrupt("picture", e))?;
+        let (width, height) = decoder.dimensions();
+        check_size("picture", u64::from(width), u64::from(height))?;
+        let orientation = decoder.orientation().unwrap_or(Orientation::NoTransforms);
+        let lies = matches!(
+            orientation,
+            Orientation::Rotate90
+                | Orientation::Rotate270
+                | Orientation::Rotate90FlipH
+                | Orientation::Rotate270FlipH
+        );
+        Ok(if lies { (height, width) } else { (width, height) })
+    }
+
     /// Bytes that [`decode`](Self::decode) will hold at its peak, the encoded bytes not counted, so that memory can be
     /// asked for before a picture is decoded.
     pub fn decoding_bytes(bytes: &[u8]) -> Result<u64> {

@@ -1,0 +1,39 @@
+//! Training: what stands around the step. Data and loaders, augmentation, losses, schedules, metrics, checkpoints,
+//! event files and reports, and small models to start from.
+//!
+//! ```
+//! use std::sync::Arc;
+//! use lightering_graph::Tensor;
+//! use lightering_meter::MemoryPool;
+//! use lightering_train::{ArrayDataset, Loader, LoaderOptions};
+//! let images = Tensor::from_slice(&[4, 1, 2, 2], &[0.5f32; 16]);
+//! let labels = Tensor::from_slice(&[4], &[0i64, 1, 0, 1]);
+//! let data = ArrayDataset::new(vec![("image".into(), images), ("label".into(), labels)], vec!["a".into(), "b".into()])?;
+//! let options = LoaderOptions { batch: 2, epochs: Some(1), ..LoaderOptions::default() };
+//! let mut loader = Loader::new(Arc::new(data), options, &MemoryPool::unbounded())?;
+//! while let Some(batch) = loader.next_batch()? {
+//!     assert_eq!(batch.tensor("image").unwrap().dims(), [2, 1, 2, 2]);
+//! }
+//! # Ok::<(), lightering_train::TrainError>(())
+//! ```
+//!
+//! Invariants: every random choice is a function of the seed and of what it is for (epoch, sample, step), never of
+//! which thread made it when; memory that grows with the data is asked of a [`MemoryPool`](lightering_meter::MemoryPool)
+//! first; knows no command line and no language models.
+#![forbid(unsafe_code)]
+
+mod augment;
+mod data;
+mod error;
+mod loader;
+mod loss;
+mod random;
+mod schedule;
+
+pub use augment::{Augmentation, Mixing};
+pub use data::*;
+pub use error::TrainError;
+pub use loader::{Batch, Loader, LoaderOptions, Position};
+pub use loss::Loss;
+pub use random::Random;
+pub use schedule::{Schedule, ScheduleKind, Warmup};
