@@ -27,6 +27,8 @@ mod data;
 mod error;
 mod loader;
 mod loss;
+mod metrics;
+mod models;
 mod random;
 mod schedule;
 
@@ -35,5 +37,7 @@ pub use data::*;
 pub use error::TrainError;
 pub use loader::{Batch, Loader, LoaderOptions, Position};
 pub use loss::Loss;
+pub use metrics::{Classification, EarlyStopping, MAX_CONFUSION_CLASSES, Regression, RunningMean, TOP_MAX};
+pub use models::Architecture;
 pub use random::Random;
 pub use schedule::{Schedule, ScheduleKind, Warmup};
