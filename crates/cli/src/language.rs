@@ -7,7 +7,7 @@ use crate::model::{Means, held_beside, planned, within_budget};
 use lightering_engine::{ExpertOptions, OpenTrace, Plan};
 use lightering_formats::gguf::{GgufFile, Metadata};
 use lightering_graph::CacheFormat;
-use lightering_lm::{CacheOptions, Decoder, DecoderOptions, HyperParameters, LanguageModel, Tokenizer};
+use lightering_lm::{CacheOptions, Decoder, DecoderOptions, HyperParameters, LanguageModel, Tokenizer, WindowCache};
 use lightering_meter::Reservation;
 use lightering_tier::{ByteSource, DirectFile};
 use lightering_units::Bytes;
@@ -169,10 +169,18 @@ impl LanguageFile {
         let parameters = HyperParameters::of(&file).map_err(|e| explained("reading its sizes", e))?;
         let context = arguments.context.map_or(parameters.context.min(CONTEXT_DEFAULT), |c| c as usize);
         let rows = (arguments.step_tokens as usize).max(wanted);
+        let pages = context.div_ceil(PAGE_LEN) * parallel;
+        // Layers with a window let go of what no later token sees, where that saves anything.
+        let window_pages = parameters
+            .cached_window()
+            .map(|window| WindowCache::pages_for(window, PAGE_LEN, parallel, rows))
+            .filter(|&window_pages| window_pages < pages)
+            .unwrap_or(0);
         let cache = CacheOptions {
             format: cache_format(arguments.cache),
             page_len: PAGE_LEN,
-            pages: context.div_ceil(PAGE_LEN) * parallel,
+            pages,
+            window_pages,
             context,
         };
         let options = DecoderOptions { cache, rows, wanted };

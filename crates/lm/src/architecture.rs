@@ -26,6 +26,8 @@ pub mod ports {
     pub const POSITIONS: &str = "positions";
     /// i32 `[tokens, pages]`: cache pages of each token's sequence.
     pub const PAGES: &str = "pages";
+    /// i32 `[tokens, pages]`: the same for layers with a window, where those have pages of their own.
+    pub const WINDOW_PAGES: &str = "window pages";
     /// i64 `[wanted]`: the rows whose results are wanted.
     pub const WANTED: &str = "wanted";
     /// f32 `[wanted, vocabulary]`.
@@ -43,6 +45,8 @@ pub struct CacheOptions {
     pub page_len: usize,
     /// Pages in all.
     pub pages: usize,
+    /// Pages of layers that see only a window; 0 has them use the pages of the others.
+    pub window_pages: usize,
     /// Most positions of one sequence.
     pub context: usize,
 }
@@ -61,10 +65,20 @@ pub fn build(file: &GgufFile, cache: &CacheOptions) -> Result<(Graph, HyperParam
     let tokens = graph.add_input(ports::TOKENS, rows(DType::I32, vec![symbol("tokens")]));
     let positions = graph.add_input(ports::POSITIONS, rows(DType::I32, vec![symbol("tokens")]));
     let pages_of_row = cache.context.div_ceil(cache.page_len);
-    let pages =
-        graph.add_input(ports::PAGES, rows(DType::I32, vec![symbol("tokens"), Dim::Fixed(pages_of_row)]));
+    let table = || rows(DType::I32, vec![symbol("tokens"), Dim::Fixed(pages_of_row)]);
+    let apart = cache.window_pages > 0 && parameters.cached_window().is_some();
+    // Where all layers have a window, nothing reads the pages of the others.
+    let (pages, window_pages) = if !apart {
+        let pages = graph.add_input(ports::PAGES, table());
+        (pages, pages)
+    } else if (0..parameters.layers).all(|layer| parameters.has_window(layer)) {
+        let pages = graph.add_input(ports::WINDOW_PAGES, table());
+        (pages, pages)
+    } else {
+        (graph.add_input(ports::PAGES, table()), graph.add_input(ports::WINDOW_PAGES, table()))
+    };
     let wanted = graph.add_input(ports::WANTED, rows(DType::I64, vec![symbol("wanted")]));
-    let mut b = Builder { file, p: &parameters, family, cache, graph, positions, pages, angles: Vec::new() };
+    let mut b = Builder { file, p: &parameters, family, cache, graph, positions, pages, window_pages, apart, angles: Vec::new() };
     let logits = b.decoder(tokens, wanted)?;
     let graph = b.graph;
     let _ = logits;
@@ -79,6 +93,10 @@ struct Builder<'a> {
     graph: Graph,
     positions: ValueId,
     pages: ValueId,
+    /// For layers with a window; the same as `pages` where those have none of their own.
+    window_pages: ValueId,
+    /// Layers with a window have pages of their own.
+    apart: bool,
     /// Rotation angles that were made already, by base and whether they are stretched.
     angles: Vec<((u32, bool), ValueId)>,
 }

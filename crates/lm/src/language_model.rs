@@ -12,7 +12,7 @@ use lightering_meter::MemoryPool;
 use lightering_tier::{ByteSource, ChunkStore, Residency};
 
 use crate::architecture::{CacheOptions, HyperParameters, build, ports};
-use crate::{Error, ExpertResidency, ModelStatus, Result, Row, StepReport, TokenModel};
+use crate::{Error, ExpertResidency, ModelStatus, Result, Row, StepReport, TokenModel, WindowCache};
 
 /// What a decoder is made ready for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -52,11 +52,18 @@ impl Decoder {
             }
         }
         let (mut graph, parameters) = build(file, &cache)?;
+        if let Some(window) = parameters.cached_window().filter(|_| cache.window_pages > 0) {
+            let least = WindowCache::least_pages(window, cache.page_len);
+            if cache.window_pages < least || cache.window_pages > i32::MAX as usize {
+                let expected = format!("0, or {least} to 2147483647 for a window of {window} positions");
+                return Err(Error::invalid("cache pages of windows", cache.window_pages, expected));
+            }
+        }
         let pages = cache.context.div_ceil(cache.page_len);
         let mut bindings = Bindings::default();
         for &input in &graph.inputs {
             let ty = match graph.value(input).name.as_str() {
-                ports::PAGES => TensorType::fixed(DType::I32, &[options.rows, pages]),
+                ports::PAGES | ports::WINDOW_PAGES => TensorType::fixed(DType::I32, &[options.rows, pages]),
                 ports::WANTED => TensorType::fixed(DType::I64, &[options.wanted]),
                 _ => TensorType::fixed(DType::I32, &[options.rows]),
             };
@@ -83,7 +90,7 @@ impl Decoder {
     /// # Errors
     /// [`EngineError::Budget`] when nothing fits.
     pub fn plan(&self, options: &PlanOptions) -> std::result::Result<Plan, EngineError> {
-        plan_graph(&self.graph, &row_classes(), &direct(options))
+        plan_graph(&self.graph, &row_classes(&self.graph), &direct(options))
     }
 
     /// Plans, allocates and loads the weights that stay.
@@ -98,7 +105,7 @@ impl Decoder {
     ) -> std::result::Result<LanguageModel, EngineError> {
         let options = SessionOptions {
             profile,
-            rows: row_classes(),
+            rows: row_classes(&self.graph),
             experts: experts.clone(),
             repeats: true,
             ..SessionOptions::new(direct(options))
@@ -116,9 +123,10 @@ impl Decoder {
 }
 
 /// The inputs whose leading dimension differs from step to step.
-fn row_classes() -> Vec<Vec<String>> {
-    let tokens = [ports::TOKENS, ports::POSITIONS, ports::PAGES].map(str::to_owned).to_vec();
-    vec![tokens, vec![ports::WANTED.to_owned()]]
+fn row_classes(graph: &Graph) -> Vec<Vec<String>> {
+    let names = graph.inputs.iter().map(|&input| graph.value(input).name.to_string());
+    let (wanted, tokens) = names.partition(|name| name == ports::WANTED);
+    vec![tokens, wanted]
 }
 
 /// Models are read past the page cache.
@@ -177,9 +185,10 @@ impl Feed for Step<'_> {
         match name {
             ports::TOKENS => ints(target, &mut self.rows.iter().map(|r| r.token as i32)),
             ports::POSITIONS => ints(target, &mut self.rows.iter().map(|r| r.position as i32)),
-            ports::PAGES => {
+            ports::PAGES | ports::WINDOW_PAGES => {
                 for (target, row) in target.chunks_exact_mut(4 * self.pages).zip(self.rows) {
-                    let there = row.pages.iter().map(|&p| p as i32);
+                    let pages = if name == ports::PAGES { row.pages } else { row.window_pages };
+                    let there = pages.iter().map(|&p| p as i32);
                     ints(target, &mut there.chain(std::iter::repeat(-1)));
                 }
             }
@@ -319,6 +328,12 @@ impl TokenModel for LanguageModel {
 
     fn page_count(&self) -> usize {
         self.options.cache.pages
+    }
+
+    fn window(&self) -> Option<WindowCache> {
+        let pages = self.options.cache.window_pages;
+        let len = self.parameters.cached_window().filter(|_| pages > 0)?;
+        Some(WindowCache { len, pages })
     }
 
     fn step(&mut self, rows: &[Row<'_>], logits: &mut dyn FnMut(usize, &mut [f32])) -> Result<StepReport> {

@@ -43,7 +43,7 @@ pub use convert::{
 pub use error::{Error, Result};
 pub use json::Json;
 pub use language_model::{Decoder, DecoderOptions, LanguageModel};
-pub use model::{Row, StepReport, TokenModel};
+pub use model::{Row, SoleSequence, StepReport, TokenModel, WindowCache};
 pub use sampler::{
     Candidate, Mirostat, Sampler, SamplerOptions, TokenLogProbability, log_probability, top_log_probabilities,
 };

@@ -17,8 +17,70 @@ pub struct Row<'a> {
     /// The cache pages of the sequence, in order: position `p` lies in page `pages[p / page_len]`. Sequences that share
     /// their beginning may share the pages which hold only that.
     pub pages: &'a [u32],
+    /// The same for layers that see only a window, where the model keeps pages of their own for them
+    /// ([`TokenModel::window`]); entries for positions that this row and later ones do not see may hold anything.
+    pub window_pages: &'a [u32],
     /// Whether the logits after this token are wanted.
     pub wants_logits: bool,
+}
+
+/// The cache of layers that see only the last positions.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct WindowCache {
+    /// Positions that such a layer sees, that of the row itself included.
+    pub len: usize,
+    /// Pages for them, apart from those of the other layers.
+    pub pages: usize,
+}
+
+impl WindowCache {
+    /// The first position that a row at `position` sees.
+    #[must_use]
+    pub fn first_seen(&self, position: usize) -> usize {
+        (position + 1).saturating_sub(self.len)
+    }
+
+    /// Pages of `page_len` positions with which `sequences` side by side never wait for one another, in steps of `rows`
+    /// tokens.
+    #[must_use]
+    pub fn pages_for(len: usize, page_len: usize, sequences: usize, rows: usize) -> usize {
+        sequences.saturating_mul(len.div_ceil(page_len) + 3).saturating_add(rows.div_ceil(page_len))
+    }
+
+    /// Pages without which not even one sequence gets on, a token at a time.
+    #[must_use]
+    pub fn least_pages(len: usize, page_len: usize) -> usize {
+        len.div_ceil(page_len) + 1
+    }
+}
+
+/// The pages of a model that computes one sequence and nothing beside it.
+#[derive(Clone, Debug)]
+pub struct SoleSequence {
+    pages: Vec<u32>,
+    window_pages: Vec<u32>,
+}
+
+impl SoleSequence {
+    /// All pages of `model`; those of windows come round again.
+    #[must_use]
+    pub fn of(model: &dyn TokenModel) -> SoleSequence {
+        let count = u32::try_from(model.page_count()).unwrap_or(u32::MAX);
+        let pages: Vec<u32> = (0..count).collect();
+        let window_pages = match model.window() {
+            Some(window) => pages.iter().map(|page| page % window.pages as u32).collect(),
+            None => Vec::new(),
+        };
+        SoleSequence { pages, window_pages }
+    }
+
+    /// The row of a token.
+    #[must_use]
+    pub fn row(&self, token: u32, position: usize, wants_logits: bool) -> Row<'_> {
+        let Self { pages, window_pages } = self;
+        let position = u32::try_from(position).unwrap_or(u32::MAX);
+        Row { token, position, pages, window_pages, wants_logits }
+    }
 }
 
 /// What a step took.
@@ -55,6 +117,11 @@ pub trait TokenModel: Send {
 
     /// Pages of the cache.
     fn page_count(&self) -> usize;
+
+    /// The cache of layers that see only a window, where that has pages of its own; else all layers share their pages.
+    fn window(&self) -> Option<WindowCache> {
+        None
+    }
 
     /// Computes `rows`, writes their keys and values into their pages, and gives the logits of every wanted row, by
     /// its index in `rows`, in order.

@@ -23,7 +23,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use crate::{Constraint, Error, ModelStatus, Result, Sampler, TokenModel, TokenTable, Tokenizer};
+use crate::{Constraint, Error, ModelStatus, Result, Sampler, TokenModel, TokenTable, Tokenizer, WindowCache};
 
 pub use channel::Events;
 pub use counters::{Counters, LatencyHistogram, SchedulerState};
@@ -136,6 +136,13 @@ impl Scheduler {
                 format!("{} tokens", tokenizer.token_count()),
                 format!("at most the {} for which the model has logits", model.vocabulary_len()),
             ));
+        }
+        if let Some(window) = model.window() {
+            let least = WindowCache::least_pages(window.len.max(1), model.page_len());
+            if window.len == 0 || window.pages < least {
+                let what = format!("{} pages for a window of {} positions", window.pages, window.len);
+                return Err(Error::invalid("cache of windows of the model", what, format!("at least {least}")));
+            }
         }
         let limits = ModelLimits {
             vocabulary_len: model.vocabulary_len(),

@@ -8,7 +8,7 @@ use lightering_engine::{EngineError, ExpertOptions, PlanOptions};
 use lightering_formats::gguf::{GgufFile, Value};
 use lightering_graph::CacheFormat;
 use lightering_lm::{
-    CacheOptions, Decoder, DecoderOptions, LanguageModel, Row, SyntheticOptions, TokenModel, synthetic_names,
+    CacheOptions, Decoder, DecoderOptions, LanguageModel, Row, SoleSequence, SyntheticOptions, TokenModel, synthetic_names,
     write_synthetic,
 };
 use lightering_meter::MachineProfile;
@@ -52,12 +52,17 @@ impl ByteSource for Counted {
 }
 
 fn decoder(file: &[u8]) -> lightering_lm::Result<Decoder> {
+    decoder_with_windows(file, 0)
+}
+
+fn decoder_with_windows(file: &[u8], window_pages: usize) -> lightering_lm::Result<Decoder> {
     let source = Arc::new(Counted(file.to_vec(), AtomicU64::new(0)));
     let parsed = GgufFile::read(&*source)?;
     let cache = CacheOptions {
         format: CacheFormat::F16,
         page_len: PAGE,
         pages: 2 * CONTEXT / PAGE,
+        window_pages,
         context: CONTEXT,
     };
     Decoder::new(&parsed, source, DecoderOptions { cache, rows: 8, wanted: 2 })
@@ -92,6 +97,7 @@ fn last_logits(model: &mut LanguageModel, chunk: usize, beside: bool) -> (Vec<u3
                     token: tokens[of][i],
                     position: i as u32,
                     pages: &pages[of],
+                    window_pages: &[],
                     wants_logits: i + 1 == LEN,
                 });
             }
@@ -108,6 +114,39 @@ fn last_logits(model: &mut LanguageModel, chunk: usize, beside: bool) -> (Vec<u3
         read += report.bytes_read.0;
     }
     (last, Bytes(read))
+}
+
+#[test]
+fn windows_in_pages_of_their_own_give_the_same_bits_in_less_memory() {
+    let mut with_windows = Vec::new();
+    for name in synthetic_names() {
+        let file = file_of(name, BlockFormat::Q8_0);
+        let shared = decoder(&file).unwrap();
+        let Some(window) = shared.parameters().cached_window() else { continue };
+        // The tokens go far beyond the window, and its three pages come round again.
+        assert!(window < CONTEXT - PAGE, "{name}");
+        let apart = decoder_with_windows(&file, 3).unwrap();
+        let mut results = Vec::new();
+        for decoder in [&shared, &apart] {
+            let mut model = start(decoder, None).unwrap();
+            let (sole, mut bits) = (SoleSequence::of(&model), Vec::new());
+            for from in (0..CONTEXT).step_by(8) {
+                let row = |i: usize| sole.row((i as u32 * 7 + 3) % 256, i, i % 8 == 7);
+                let rows: Vec<Row<'_>> = (from..from + 8).map(row).collect();
+                model.step(&rows, &mut |_, logits| bits.extend(logits.iter().map(|x| x.to_bits()))).unwrap();
+            }
+            results.push((bits, model.plan().predicted_peak));
+        }
+        assert_eq!(results[0].0, results[1].0, "{name}");
+        assert!(results[1].1 < results[0].1, "{name}: {} and {}", results[0].1, results[1].1);
+        let error = decoder_with_windows(&file, 2).err().unwrap().to_string();
+        assert!(error.contains("0, or 3"), "{error}");
+        with_windows.push(name);
+    }
+    // Windows in some layers and in all of them.
+    for name in ["gemma-3-270m", "phi-3-mini"] {
+        assert!(with_windows.contains(&name), "{name} is not among {with_windows:?}");
+    }
 }
 
 #[test]

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use lightering_lm::{
     Done, Error, Event, Events, FinishReason, GeneratedToken, GenerationRequest, Grammar, SamplerOptions,
-    Scheduler, SchedulerOptions, Tokenizer, log_probability,
+    Scheduler, SchedulerOptions, Tokenizer, WindowCache, log_probability,
 };
 use proptest::prelude::*;
 use toy::{Controls, Toy};
@@ -59,7 +59,7 @@ fn drained(scheduler: &Scheduler) {
     scheduler.close();
     assert!(scheduler.wait(Duration::from_secs(60)), "it did not finish");
     let state = scheduler.state();
-    assert_eq!((state.pages_held, state.running, state.queued), (0, 0, 0), "{state:?}");
+    assert_eq!((state.pages_held, state.window_pages_held, state.running, state.queued), (0, 0, 0, 0), "{state:?}");
 }
 
 fn greedy(prompt: &[u32], count: usize) -> GenerationRequest {
@@ -128,11 +128,16 @@ proptest! {
         prefill_rows_max in 0usize..6,
         memory in 1usize..3,
         dropped in prop::collection::vec(prop::bool::weighted(0.15), 12),
+        window in prop::option::of((1usize..20, 0usize..30)),
     ) {
         let tokenizer = Arc::new(toy::tokenizer());
         // At the scarcest, one sequence of the longest kind fits and nothing else.
         let page_count = [100usize, 160, 400][scarcity].div_ceil(page_len);
-        let toy = Toy { rows_max, wanted_rows_max, memory, ..Toy::new(&tokenizer, page_len, page_count) };
+        let mut toy = Toy { rows_max, wanted_rows_max, memory, ..Toy::new(&tokenizer, page_len, page_count) };
+        if let Some((len, more)) = window {
+            // From hardly enough for one sequence to more than all need.
+            toy = toy.with_window(len, WindowCache::least_pages(len, page_len) + more);
+        }
         let scheduler = start(toy.clone(), &tokenizer, options! {
             sequences_max: sequences_max,
             prefix_reuse: prefix_reuse,
@@ -205,6 +210,31 @@ fn requests_that_begin_alike_share_pages() {
     assert_eq!(done.usage.cached_tokens, 16, "the last token has to be computed");
     drained(&scheduler);
     assert!(scheduler.state().pages_cached > 0);
+}
+
+#[test]
+fn windows_let_go_of_what_no_later_token_sees() {
+    let tokenizer = Arc::new(toy::tokenizer());
+    // A sequence of 300 positions in 5 pages of 4, for a window of 10.
+    let toy = Toy::new(&tokenizer, 4, 256).with_window(10, 5);
+    let scheduler = start(toy.clone(), &tokenizer, options());
+    let prompt: Vec<u32> = (0..100).collect();
+    let (first, done) = collect(scheduler.generate(greedy(&prompt, 200)).unwrap());
+    assert_eq!(first, alone(&toy, &tokenizer, greedy(&prompt, 200)));
+    assert_eq!(done.timings.preemptions, 0);
+    // Going on behind the answer finds its end; another way from the middle does not, since that window is gone.
+    let mut longer = prompt.clone();
+    longer.extend(first.tokens.iter().map(|t| t.id));
+    let (_, done) = collect(scheduler.generate(greedy(&longer, 5)).unwrap());
+    assert_eq!(done.usage.cached_tokens, 296);
+    let (again, done) = collect(scheduler.generate(greedy(&prompt, 5)).unwrap());
+    assert_eq!(again.tokens, first.tokens[..5]);
+    assert_eq!(done.usage.cached_tokens, 0);
+    drained(&scheduler);
+    assert_eq!(scheduler.state().window_pages_total, 5);
+    let little = Toy::new(&tokenizer, 4, 256).with_window(10, 3);
+    let error = Scheduler::start(Box::new(little), tokenizer, options()).unwrap_err();
+    assert!(error.to_string().contains("at least 4"), "{error}");
 }
 
 #[test]

@@ -11,7 +11,7 @@ use crate::probe::Scramble;
 use crate::text_input::read_text;
 use crate::usage::{self, Baseline};
 use lightering_kernels::Isa;
-use lightering_lm::{LanguageModel, MAX_TEXT_BYTES, Row, StepReport, TokenModel};
+use lightering_lm::{LanguageModel, MAX_TEXT_BYTES, Row, SoleSequence, StepReport, TokenModel};
 use lightering_meter::{EnergyMeter, MemoryPool, Receipt, Stopwatch, Tier};
 use lightering_tier::StoreStats;
 use lightering_units::{Bytes, Seconds};
@@ -88,7 +88,7 @@ fn round(
     count: usize,
     between: &mut dyn FnMut(&mut LanguageModel),
 ) -> Outcome<Round> {
-    let pages: Vec<u32> = (0..model.page_count() as u32).collect();
+    let sole = SoleSequence::of(model);
     let mut round = Round::default();
     let mut next = 0u32;
     let take = |logits: &mut [f32]| {
@@ -102,15 +102,14 @@ fn round(
             .enumerate()
             .map(|(j, &token)| {
                 let position = i * most + j;
-                let wants_logits = position + 1 == prompt.len();
-                Row { token, position: position as u32, pages: &pages, wants_logits }
+                sole.row(token, position, position + 1 == prompt.len())
             })
             .collect();
         sum(&mut round.prompt, model.step(&rows, &mut |_, logits| next = take(logits))?);
     }
     between(model);
     for position in prompt.len()..prompt.len() + count {
-        let row = Row { token: next, position: position as u32, pages: &pages, wants_logits: true };
+        let row = sole.row(next, position, true);
         round.tokens.push(model.step(&[row], &mut |_, logits| next = take(logits))?);
     }
     Ok(round)

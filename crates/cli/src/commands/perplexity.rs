@@ -64,7 +64,7 @@ pub fn run(arguments: &PerplexityArguments, output: Output) -> Outcome {
     }
     let progress = output.progress(windows as u64);
     let watch = Stopwatch::start();
-    let pages: Vec<u32> = (0..model.page_count() as u32).collect();
+    let sole = SoleSequence::of(&model);
     let judged = window / 2;
     let mut losses: Vec<f64> = Vec::with_capacity(windows * (window - judged));
     for chunk in tokens.chunks_exact(window).take(windows) {
@@ -78,12 +78,7 @@ pub fn run(arguments: &PerplexityArguments, output: Output) -> Outcome {
             let most = if at < judged { (judged - at).min(model.rows_max()) } else { WANTED };
             let end = window.min(at + most.min(model.rows_max()));
             let rows: Vec<Row<'_>> = (at..end)
-                .map(|i| Row {
-                    token: chunk[i],
-                    position: i as u32,
-                    pages: &pages,
-                    wants_logits: i >= judged && i + 1 < window,
-                })
+                .map(|i| sole.row(chunk[i], i, i >= judged && i + 1 < window))
                 .collect();
             let mut failed = None;
             model.step(&rows, &mut |row, logits| match log_probability(logits, chunk[at + row + 1]) {

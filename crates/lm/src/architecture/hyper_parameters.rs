@@ -329,6 +329,11 @@ impl HyperParameters {
         })
     }
 
+    /// The positions that layers with a window see and have to keep, where there are such layers.
+    pub fn cached_window(&self) -> Option<usize> {
+        self.window.filter(|_| self.compressed.is_none() && self.local.contains(&true))
+    }
+
     /// Whether a layer sees only the last positions.
     pub fn has_window(&self, layer: usize) -> bool {
         self.local.get(layer).copied().unwrap_or(false)

@@ -76,8 +76,9 @@ impl Builder<'_> {
                 &[k, angles],
             );
         }
-        let keys = self.cached(&name("keys"), k, false, kv_heads, key_len)?;
-        let values = self.cached(&name("values"), v, true, kv_heads, value_len)?;
+        let keys = self.cached(&name("keys"), k, false, kv_heads, key_len, local)?;
+        let values = self.cached(&name("values"), v, true, kv_heads, value_len, local)?;
+        let pages = if local { self.window_pages } else { self.pages };
         let attributes = CachedAttentionAttributes {
             format: self.cache.format,
             heads,
@@ -89,7 +90,7 @@ impl Builder<'_> {
             softcap: self.p.attention_softcap,
             window: self.p.window.filter(|_| local),
         };
-        let mut inputs = vec![q, keys, values, self.positions, self.pages];
+        let mut inputs = vec![q, keys, values, self.positions, pages];
         inputs.extend(self.optional_vector(&name("attn_sinks.weight"), heads)?);
         let y = self.lm(name("attention"), LmOp::CachedAttention(attributes), &inputs);
         self.linear(&name("attn_output"), y, heads * value_len, self.p.width)
@@ -154,8 +155,8 @@ impl Builder<'_> {
             v = self.lm(name("v apart"), LmOp::JoinHeads { heads, pieces }, &[both]);
             (kv_heads, cached_key, cached_value) = (heads, key_len, value_len);
         }
-        let keys = self.cached(&name("keys"), k, false, kv_heads, cached_key)?;
-        let values = self.cached(&name("values"), v, true, kv_heads, cached_value)?;
+        let keys = self.cached(&name("keys"), k, false, kv_heads, cached_key, false)?;
+        let values = self.cached(&name("values"), v, true, kv_heads, cached_value, false)?;
         let attributes = CachedAttentionAttributes {
             format: self.cache.format,
             heads,
@@ -261,17 +262,22 @@ impl Builder<'_> {
         values: bool,
         heads: usize,
         len: usize,
+        local: bool,
     ) -> Result<ValueId> {
         let format = self.cache.format;
+        let (pages, count) = match local && self.apart {
+            true => (self.window_pages, self.cache.window_pages),
+            false => (self.pages, self.cache.pages),
+        };
         let head = format.head_bytes(len).ok_or_else(|| {
             let what = format!("heads of {len} elements, which are no whole number of blocks of 32");
             Error::unsupported("a cache of 8 bits", what)
         })?;
         let page = head * heads * self.cache.page_len;
-        let ty = TensorType::fixed(DType::U8, &[self.cache.pages, page]);
+        let ty = TensorType::fixed(DType::U8, &[count, page]);
         let state = self.graph.add_state(format!("{name} cache"), ty, None);
         let op = LmOp::CacheStore { values, format, heads, page_len: self.cache.page_len };
-        Ok(self.lm(name, op, &[state, rows, self.positions, self.pages]))
+        Ok(self.lm(name, op, &[state, rows, self.positions, pages]))
     }
 
     /// `down · (activation(gate·x) ∘ up·x)`, or without a gate `down · activation(up·x)`.

@@ -134,6 +134,10 @@ pub struct SchedulerState {
     pub pages_cached: usize,
     /// All cache pages.
     pub pages_total: usize,
+    /// Pages that sequences hold of the cache of layers with a window, where that is one of its own.
+    pub window_pages_held: usize,
+    /// All of those pages.
+    pub window_pages_total: usize,
 }
 
 #[derive(Debug, Default)]

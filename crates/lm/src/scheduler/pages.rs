@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use crate::WindowCache;
 use crate::tokenizer::Map;
 
 /// What a full page holds: the tokens in it, behind the tokens of the pages before it.
@@ -18,6 +19,95 @@ struct Content {
 
 /// The number of what comes before the first page.
 pub(super) const ROOT: u64 = 0;
+
+/// In the place of a page that was let go since nobody sees its positions any more.
+pub(super) const NO_PAGE: u32 = u32::MAX;
+
+/// The pages of a model: of layers that see everything, and of layers with a window where those have their own.
+#[derive(Debug)]
+pub(super) struct Pools {
+    pub all: PagePool,
+    pub windows: Option<Windows>,
+}
+
+/// Pages of layers with a window. What they hold is told by the number of the page of the other layers with the same
+/// positions.
+#[derive(Debug)]
+pub(super) struct Windows {
+    pub cache: WindowCache,
+    pub pool: PagePool,
+}
+
+/// What is in the cache of the beginning of a sequence: whole pages with their numbers, and pages of windows where
+/// those have their own.
+#[derive(Debug, Default)]
+pub(super) struct Found {
+    pub pages: Vec<(u32, u64)>,
+    pub window_pages: Vec<u32>,
+}
+
+impl Pools {
+    pub fn new(page_len: usize, page_count: usize, window: Option<WindowCache>) -> Pools {
+        let windows = |cache: WindowCache| Windows { cache, pool: PagePool::new(page_len, cache.pages) };
+        Pools { all: PagePool::new(page_len, page_count), windows: window.map(windows) }
+    }
+
+    pub fn page_len(&self) -> usize {
+        self.all.page_len()
+    }
+
+    /// The index of the first page of windows that a row at `position` or behind it sees.
+    pub fn first_window_page(&self, position: usize) -> usize {
+        self.windows.as_ref().map_or(0, |w| w.cache.first_seen(position) / w.pool.page_len())
+    }
+
+    /// The full pages of a beginning that are in the cache.
+    pub fn find_prefix(&self, tokens: &[u32]) -> Found {
+        let mut found = Found::default();
+        let mut before = ROOT;
+        for tokens in tokens.chunks_exact(self.page_len()) {
+            let Some((page, number)) = self.all.find(before, tokens) else { break };
+            found.pages.push((page, number));
+            before = number;
+        }
+        let Some(windows) = &self.windows else { return found };
+        let there: Vec<Option<u32>> =
+            found.pages.iter().map(|(_, number)| Some(windows.pool.find(*number, &[])?.0)).collect();
+        // The longest beginning behind which the window is there as a whole.
+        let mut count = found.pages.len();
+        loop {
+            let first = self.first_window_page(count * self.page_len()).min(count);
+            match there[first..count].iter().rposition(Option::is_none) {
+                // What needs this page is at least so much too long.
+                Some(missing) => count = first + missing,
+                None => {
+                    let pages = there[first..count].iter().flatten();
+                    found.window_pages = std::iter::repeat_n(NO_PAGE, first).chain(pages.copied()).collect();
+                    break;
+                }
+            }
+        }
+        found.pages.truncate(count);
+        found
+    }
+
+    /// Whether a sequence of `tokens` tokens that begins with what was found can be taken on, when everybody who runs may
+    /// soon need one more page.
+    pub fn admits(&self, tokens: usize, found: &Found, running: usize) -> bool {
+        let all = (tokens + 1).div_ceil(self.page_len());
+        let idle = |pool: &PagePool, page: u32| page != NO_PAGE && pool.is_idle(page);
+        let reused = found.pages.iter().filter(|(page, _)| idle(&self.all, *page)).count();
+        if all.saturating_sub(found.pages.len()) + reused + running > self.all.available() {
+            return false;
+        }
+        self.windows.as_ref().is_none_or(|Windows { cache, pool }| {
+            let held = found.window_pages.iter().filter(|page| **page != NO_PAGE).count();
+            let reused = found.window_pages.iter().filter(|page| idle(pool, **page)).count();
+            let most = all.min(WindowCache::least_pages(cache.len, pool.page_len()));
+            most.saturating_sub(held) + reused + running <= pool.available()
+        })
+    }
+}
 
 #[derive(Debug, Default)]
 struct Page {
@@ -112,6 +202,9 @@ impl PagePool {
     /// Lets pages go, the last first, so that beginnings are kept longest.
     pub fn release(&mut self, pages: &mut Vec<u32>) {
         while let Some(page) = pages.pop() {
+            if page == NO_PAGE {
+                continue;
+            }
             let entry = &mut self.pages[page as usize];
             entry.references = entry.references.checked_sub(1).expect("only held pages are let go");
             if entry.references > 0 {
@@ -130,7 +223,6 @@ impl PagePool {
     /// Tells what a full page of the caller's holds. Where another page holds the same already, the caller gets that one
     /// in its place. Gives the number of the content.
     pub fn register(&mut self, page: &mut u32, before: u64, tokens: &[u32]) -> u64 {
-        debug_assert_eq!(tokens.len(), self.page_len);
         if let Some((other, number)) = self.find(before, tokens) {
             if other != *page {
                 self.hold(other);
@@ -148,6 +240,9 @@ impl PagePool {
 
     /// Forgets what a page holds, since it may no longer hold it.
     pub fn forget(&mut self, page: u32) {
+        if page == NO_PAGE {
+            return;
+        }
         self.unlist(page);
         let entry = &self.pages[page as usize];
         if entry.references == 0 && self.idle.remove(&entry.idle_since).is_some() {

@@ -7,7 +7,7 @@ use lightering_units::Seconds;
 use super::channel::EventSender;
 use super::inbox::{Job, Waiting};
 use super::lookup;
-use super::pages::{PagePool, ROOT};
+use super::pages::{Found, NO_PAGE, Pools, ROOT};
 use super::request::{Done, Event, FinishReason, GeneratedToken, Timings, Usage};
 use super::stops::StopMatcher;
 use crate::{
@@ -21,6 +21,8 @@ pub(super) struct Sequence<'t> {
     pub task: Task<'t>,
     /// The pages of its positions, in order.
     pub pages: Vec<u32>,
+    /// The same for layers with a window, [`NO_PAGE`] where those let go already; empty unless they have their own.
+    pub window_pages: Vec<u32>,
     /// Positions whose keys and values are in the pages.
     pub computed: usize,
     /// The numbers of the pages whose content is told to the pool.
@@ -38,6 +40,7 @@ impl<'t> Sequence<'t> {
         Sequence {
             task,
             pages: Vec::new(),
+            window_pages: Vec::new(),
             computed: 0,
             numbers: Vec::new(),
             order,
@@ -51,52 +54,105 @@ impl<'t> Sequence<'t> {
         self.task.tokens.len() - self.computed
     }
 
-    /// The full pages of a beginning that are in the cache, with their numbers.
-    pub fn find_prefix(&self, pool: &PagePool) -> Vec<(u32, u64)> {
-        let mut found = Vec::new();
+    /// What is in the cache of its beginning.
+    pub fn find_prefix(&self, pools: &Pools) -> Found {
         if self.task.is_embedding() {
-            return found;
+            return Found::default();
         }
-        let mut before = ROOT;
         // The last token has to be computed, since its logits are wanted.
-        let known = &self.task.tokens[..self.task.tokens.len() - 1];
-        for tokens in known.chunks_exact(pool.page_len()) {
-            let Some((page, number)) = pool.find(before, tokens) else { break };
-            found.push((page, number));
-            before = number;
-        }
-        found
+        pools.find_prefix(&self.task.tokens[..self.task.tokens.len() - 1])
     }
 
     /// Begins with pages that were found.
-    pub fn take_prefix(&mut self, found: &[(u32, u64)], pool: &mut PagePool) {
-        debug_assert!(self.pages.is_empty() && self.computed == 0);
-        for (page, number) in found {
-            pool.hold(*page);
-            self.pages.push(*page);
-            self.numbers.push(*number);
+    pub fn take_prefix(&mut self, found: Found, pools: &mut Pools) {
+        debug_assert!(self.pages.is_empty() && self.window_pages.is_empty() && self.computed == 0);
+        self.computed = found.pages.len() * pools.page_len();
+        for (page, number) in found.pages {
+            pools.all.hold(page);
+            self.pages.push(page);
+            self.numbers.push(number);
         }
-        self.computed = found.len() * pool.page_len();
+        if let Some(windows) = &mut pools.windows {
+            found.window_pages.iter().filter(|page| **page != NO_PAGE).for_each(|p| windows.pool.hold(*p));
+            self.window_pages = found.window_pages;
+        }
     }
 
-    /// Tells the pool what the full pages hold.
-    pub fn register(&mut self, pool: &mut PagePool) {
+    /// Gets free pages for `positions` positions, as far as there are any, and says whether they are enough.
+    pub fn cover(&mut self, positions: usize, pools: &mut Pools) -> bool {
+        let page_len = pools.page_len();
+        let first_seen = pools.first_window_page(self.computed);
+        while self.pages.len() * page_len < positions {
+            let Some(page) = pools.all.allocate() else { return false };
+            self.pages.push(page);
+        }
+        if let Some(windows) = &mut pools.windows {
+            while self.window_pages.len() * page_len < positions {
+                let page = match self.window_pages.len() < first_seen {
+                    true => NO_PAGE,
+                    false => match windows.pool.allocate() {
+                        Some(page) => page,
+                        None => return false,
+                    },
+                };
+                self.window_pages.push(page);
+            }
+        }
+        true
+    }
+
+    /// For how many positions it has pages.
+    pub fn covered(&self, pools: &Pools) -> usize {
+        let pages = match pools.windows {
+            Some(_) => self.pages.len().min(self.window_pages.len()),
+            None => self.pages.len(),
+        };
+        pages * pools.page_len()
+    }
+
+    /// Whether it holds pages that others could use.
+    pub fn holds_pages(&self) -> bool {
+        !self.pages.is_empty() || !self.window_pages.is_empty()
+    }
+
+    /// Tells the pools what the full pages hold.
+    pub fn register(&mut self, pools: &mut Pools) {
         if self.task.is_embedding() {
             return;
         }
-        let page_len = pool.page_len();
+        let page_len = pools.page_len();
         while (self.numbers.len() + 1) * page_len <= self.computed {
             let index = self.numbers.len();
             let before = self.numbers.last().copied().unwrap_or(ROOT);
             let tokens = &self.task.tokens[index * page_len..(index + 1) * page_len];
-            let number = pool.register(&mut self.pages[index], before, tokens);
+            let number = pools.all.register(&mut self.pages[index], before, tokens);
             self.numbers.push(number);
+            if let Some(windows) = &mut pools.windows
+                && self.window_pages[index] != NO_PAGE
+            {
+                windows.pool.register(&mut self.window_pages[index], number, &[]);
+            }
         }
     }
 
+    /// Lets go of the pages of windows that no later token sees.
+    pub fn leave_behind(&mut self, pools: &mut Pools) {
+        let first_seen = pools.first_window_page(self.computed).min(self.window_pages.len());
+        let Some(windows) = &mut pools.windows else { return };
+        // What was let go before is one run from the beginning on.
+        let mut behind = Vec::new();
+        for page in self.window_pages[..first_seen].iter_mut().rev().take_while(|page| **page != NO_PAGE) {
+            behind.push(std::mem::replace(page, NO_PAGE));
+        }
+        windows.pool.release(&mut behind);
+    }
+
     /// Gives all pages back; what they held has to be computed again.
-    pub fn release(&mut self, pool: &mut PagePool) {
-        pool.release(&mut self.pages);
+    pub fn release(&mut self, pools: &mut Pools) {
+        pools.all.release(&mut self.pages);
+        if let Some(windows) = &mut pools.windows {
+            windows.pool.release(&mut self.window_pages);
+        }
         self.numbers.clear();
         self.computed = 0;
         self.task.restart();

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use super::SchedulerOptions;
 use super::counters::{Counters, Telemetry};
 use super::inbox::Inbox;
-use super::pages::PagePool;
+use super::pages::{NO_PAGE, Pools};
 use super::request::FinishReason;
 use super::sequence::{Sequence, Task, TokenTime};
 use crate::{Result, Row, StepReport, TokenModel, Tokenizer};
@@ -31,14 +31,14 @@ pub(super) fn run(
     telemetry: Arc<Telemetry>,
 ) {
     let _end = End(Arc::clone(&inbox));
-    let pool = PagePool::new(model.page_len(), model.page_count());
+    let pools = Pools::new(model.page_len(), model.page_count(), model.window());
     let mut worker = Worker {
         model,
         tokenizer,
         options,
         inbox,
         telemetry,
-        pool,
+        pools,
         running: Vec::new(),
         parked: Vec::new(),
         next_order: 1,
@@ -56,7 +56,7 @@ struct Worker<'t> {
     options: SchedulerOptions,
     inbox: Arc<Inbox>,
     telemetry: Arc<Telemetry>,
-    pool: PagePool,
+    pools: Pools,
     /// Sequences that may hold pages, by age.
     running: Vec<Sequence<'t>>,
     /// Sequences that wait for pages, by age.
@@ -149,7 +149,7 @@ impl<'t> Worker<'t> {
     }
 
     fn end(&mut self, mut sequence: Sequence<'t>, reason: FinishReason) {
-        sequence.release(&mut self.pool);
+        sequence.release(&mut self.pools);
         let counter = match reason {
             FinishReason::Stop => &mut self.gathered.requests_stopped,
             FinishReason::Length => &mut self.gathered.requests_length,
@@ -167,7 +167,7 @@ impl<'t> Worker<'t> {
     }
 
     fn take_pages(&mut self, sequence: &mut Sequence<'t>) {
-        sequence.release(&mut self.pool);
+        sequence.release(&mut self.pools);
         sequence.task.count_preemption();
         self.gathered.preemptions += 1;
     }
@@ -209,12 +209,9 @@ impl<'t> Worker<'t> {
             }
             let found = loop {
                 let candidate = self.parked_at(order);
-                let found = candidate.find_prefix(&self.pool);
-                let all = (candidate.task.tokens.len() + 1).div_ceil(self.pool.page_len());
-                let reused_idle = found.iter().filter(|(page, _)| self.pool.is_idle(*page)).count();
-                // Everybody who runs may soon need one more page.
-                let needed = all.saturating_sub(found.len()) + reused_idle + self.running.len();
-                if needed <= self.pool.available() || self.running.is_empty() {
+                let found = candidate.find_prefix(&self.pools);
+                let tokens = candidate.task.tokens.len();
+                if self.running.is_empty() || self.pools.admits(tokens, &found, self.running.len()) {
                     break Some(found);
                 }
                 match self.stalled() {
@@ -225,7 +222,7 @@ impl<'t> Worker<'t> {
             let Some(found) = found else { break };
             let index = self.parked.iter().position(|s| s.order == order).expect("the candidate is parked");
             let mut sequence = self.parked.remove(index);
-            sequence.take_prefix(&found, &mut self.pool);
+            sequence.take_prefix(found, &mut self.pools);
             if sequence.task.start(sequence.computed) && !sequence.task.is_embedding() {
                 self.gathered.prefix_lookup_tokens += sequence.task.tokens.len() as u64;
                 self.gathered.prefix_hit_tokens += sequence.computed as u64;
@@ -347,13 +344,9 @@ impl<'t> Worker<'t> {
             }
             let mut count = rows.min(wanted).min(sequence.task.room().saturating_sub(1));
             let positions = sequence.computed + 1;
-            let page_len = self.pool.page_len();
             let drafts = sequence.task.draft(count);
-            while sequence.pages.len() * page_len < positions + drafts.len() {
-                let Some(page) = self.pool.allocate() else { break };
-                sequence.pages.push(page);
-            }
-            count = drafts.len().min(sequence.pages.len() * page_len - positions);
+            sequence.cover(positions + drafts.len(), &mut self.pools);
+            count = drafts.len().min(sequence.covered(&self.pools) - positions);
             share.drafts = drafts;
             share.drafts.truncate(count);
             (rows, wanted) = (rows - count, wanted - count);
@@ -386,30 +379,25 @@ impl<'t> Worker<'t> {
     /// Gets pages for the next `count` rows of a sequence, from younger ones if need be, and tells for how many they are
     /// enough.
     fn reserve(&mut self, index: usize, count: usize, shares: &mut [Share]) -> usize {
-        let page_len = self.pool.page_len();
         let positions = self.running[index].computed + count;
-        while self.running[index].pages.len() * page_len < positions {
-            if let Some(page) = self.pool.allocate() {
-                self.running[index].pages.push(page);
-                continue;
-            }
+        while !self.running[index].cover(positions, &mut self.pools) {
             let Some(victim) = self.victim(index) else { break };
-            let Worker { running, pool, gathered, .. } = self;
-            running[victim].release(pool);
+            let Worker { running, pools, gathered, .. } = self;
+            running[victim].release(pools);
             running[victim].task.count_preemption();
             running[victim].evicted = true;
             gathered.preemptions += 1;
             shares[victim] = Share::default();
         }
-        let covered = self.running[index].pages.len() * page_len;
-        covered.min(positions) - self.running[index].computed
+        let covered = self.running[index].covered(&self.pools);
+        covered.min(positions).saturating_sub(self.running[index].computed)
     }
 
     /// Whose pages are taken for the sequence at `index`: the youngest whose receiver is behind, else the youngest that
     /// is younger.
     fn victim(&self, index: usize) -> Option<usize> {
         let order = self.running[index].order;
-        let holds = |at: &usize| *at != index && !self.running[*at].pages.is_empty();
+        let holds = |at: &usize| *at != index && self.running[*at].holds_pages();
         let places = || (0..self.running.len()).rev().filter(holds);
         places()
             .find(|at| self.running[*at].task.room() == 0)
@@ -423,12 +411,12 @@ impl<'t> Worker<'t> {
         let mut tasks: Vec<&mut Task<'t>> = Vec::new();
         let Worker { model, running, gathered, .. } = self;
         for (sequence, share) in running.iter_mut().zip(shares).filter(|(_, share)| share.rows > 0) {
-            let Sequence { task, pages, computed, .. } = sequence;
+            let Sequence { task, pages, window_pages, computed, .. } = sequence;
             let known = &task.tokens[*computed..*computed + share.rows];
             for (offset, token) in known.iter().chain(&share.drafts).enumerate() {
                 let wants_logits = purpose == Purpose::Embed || (share.wanted && offset + 1 >= share.rows);
                 let position = u32::try_from(*computed + offset).expect("a context is shorter than 2^32");
-                rows.push(Row { token: *token, position, pages, wants_logits });
+                rows.push(Row { token: *token, position, pages, window_pages, wants_logits });
                 owners.push(tasks.len());
             }
             tasks.push(task);
@@ -449,7 +437,7 @@ impl<'t> Worker<'t> {
 
     /// Takes note of a step that went well.
     fn settle(&mut self, purpose: Purpose, shares: &[Share], before: &[usize], report: StepReport) {
-        let Worker { running, pool, gathered, step, options, .. } = self;
+        let Worker { running, pools, gathered, step, options, .. } = self;
         gathered.steps += 1;
         gathered.step_time += report.seconds;
         gathered.stall_time += report.stall;
@@ -462,6 +450,10 @@ impl<'t> Worker<'t> {
             let rows = share.rows + share.drafts.len();
             gathered.rows += rows as u64;
             sequence.advance(rows, *step);
+            if options.prefix_reuse {
+                sequence.register(pools);
+            }
+            sequence.leave_behind(pools);
             if purpose == Purpose::Embed {
                 gathered.embedded_tokens += rows as u64;
                 if sequence.pending() == 0 {
@@ -484,29 +476,34 @@ impl<'t> Worker<'t> {
                 gathered.drafted_tokens += share.drafts.len() as u64;
                 gathered.accepted_tokens += sequence.task.judge_drafts(share.drafts.len(), *before) as u64;
             }
-            if options.prefix_reuse {
-                sequence.register(pool);
-            }
         }
     }
 
     /// Ends the requests of a step that failed. What their pages hold is unknown now, also to others that share them.
     fn fail(&mut self, shares: &[Share], message: &str) {
         self.gathered.steps_failed += 1;
-        let mut spoilt = Vec::new();
+        let (mut spoilt, mut spoilt_windows) = (Vec::new(), Vec::new());
         for (sequence, _) in self.running.iter_mut().zip(shares).filter(|(_, share)| share.rows > 0) {
             // A request whose own sampling failed keeps its own message.
             sequence.task.finish.get_or_insert_with(|| FinishReason::Error(message.to_owned()));
             spoilt.extend_from_slice(&sequence.pages);
+            spoilt_windows.extend(sequence.window_pages.iter().filter(|page| **page != NO_PAGE));
         }
-        spoilt.sort_unstable();
-        spoilt.dedup();
-        spoilt.iter().for_each(|page| self.pool.forget(*page));
+        for spoilt in [&mut spoilt, &mut spoilt_windows] {
+            spoilt.sort_unstable();
+            spoilt.dedup();
+        }
+        spoilt.iter().for_each(|page| self.pools.all.forget(*page));
+        if let Some(windows) = &mut self.pools.windows {
+            spoilt_windows.iter().for_each(|page| windows.pool.forget(*page));
+        }
+        let is_spoilt = |s: &Sequence<'_>| {
+            s.pages.iter().any(|page| spoilt.binary_search(page).is_ok())
+                || s.window_pages.iter().any(|page| spoilt_windows.binary_search(page).is_ok())
+        };
         for index in (0..self.running.len()).rev() {
             let sequence = &self.running[index];
-            if sequence.task.finish.is_none()
-                && sequence.pages.iter().any(|p| spoilt.binary_search(p).is_ok())
-            {
+            if sequence.task.finish.is_none() && is_spoilt(sequence) {
                 self.park(index);
             }
         }
@@ -525,9 +522,13 @@ impl<'t> Worker<'t> {
             state.running = self.running.len();
             state.parked = self.parked.len();
             state.batch_rows = if self.running.is_empty() { 0 } else { self.batch_rows };
-            state.pages_held = self.pool.held();
-            state.pages_cached = self.pool.cached();
-            state.pages_total = state.pages_held + self.pool.available();
+            state.pages_held = self.pools.all.held();
+            state.pages_cached = self.pools.all.cached();
+            state.pages_total = state.pages_held + self.pools.all.available();
+            if let Some(windows) = &self.pools.windows {
+                state.window_pages_held = windows.pool.held();
+                state.window_pages_total = state.window_pages_held + windows.pool.available();
+            }
         });
     }
 }

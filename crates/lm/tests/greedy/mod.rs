@@ -5,7 +5,7 @@ use std::sync::Arc;
 use lightering_engine::{ExpertOptions, PlanOptions};
 use lightering_formats::gguf::GgufFile;
 use lightering_graph::CacheFormat;
-use lightering_lm::{CacheOptions, Decoder, DecoderOptions, LanguageModel, Row, TokenModel};
+use lightering_lm::{CacheOptions, Decoder, DecoderOptions, LanguageModel, Row, SoleSequence, TokenModel};
 use lightering_meter::MachineProfile;
 use lightering_tier::ByteSource;
 use lightering_units::Bytes;
@@ -22,7 +22,7 @@ pub fn model(
     experts: &ExpertOptions,
 ) -> LanguageModel {
     let file = GgufFile::read(&*source).unwrap();
-    let cache = CacheOptions { format: CacheFormat::F32, page_len: PAGE, pages: context / PAGE, context };
+    let cache = CacheOptions { format: CacheFormat::F32, page_len: PAGE, pages: context / PAGE, window_pages: 0, context };
     let decoder = Decoder::new(&file, source, DecoderOptions { cache, rows, wanted: 1 }).unwrap();
     let options = PlanOptions { budget, ..PlanOptions::new(MachineProfile::conservative(), threads) };
     decoder.start(&options, experts, false).unwrap()
@@ -44,18 +44,13 @@ pub fn bits(logits: &[f32]) -> Vec<u32> {
 
 /// `count` greedy tokens after a prompt.
 pub fn greedy(model: &mut LanguageModel, prompt: &[u32], count: usize) -> Greedy {
-    let pages: Vec<u32> = (0..model.page_count() as u32).rev().collect();
+    let sole = SoleSequence::of(model);
     let mut tokens = prompt.to_vec();
     let (mut at, mut first, mut last) = (0, Vec::new(), Vec::new());
     while tokens.len() < prompt.len() + count {
         let end = tokens.len().min(at + model.rows_max());
         let rows: Vec<Row<'_>> = (at..end)
-            .map(|i| Row {
-                token: tokens[i],
-                position: i as u32,
-                pages: &pages,
-                wants_logits: i + 1 == tokens.len(),
-            })
+            .map(|i| sole.row(tokens[i], i, i + 1 == tokens.len()))
             .collect();
         let mut best = None;
         model

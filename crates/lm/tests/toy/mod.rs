@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
 
-use lightering_lm::{Error, ModelStatus, Result, Row, StepReport, TokenModel, Tokenizer, VocabularyData};
+use lightering_lm::{Error, ModelStatus, Result, Row, StepReport, TokenModel, Tokenizer, VocabularyData, WindowCache};
 use lightering_units::{Bytes, Seconds};
 
 /// What was written at one position of a page.
@@ -44,6 +44,9 @@ pub struct Toy {
     pub memory: usize,
     pub controls: Arc<Controls>,
     pub cells: Vec<Option<Cell>>,
+    /// What it needs of the last positions only, if it keeps that apart.
+    pub window: Option<WindowCache>,
+    pub window_cells: Vec<Option<Cell>>,
 }
 
 pub const EMBEDDING_LEN: usize = 8;
@@ -67,7 +70,15 @@ impl Toy {
             memory: 2,
             controls: Arc::default(),
             cells: vec![None; page_len * page_count],
+            window: None,
+            window_cells: Vec::new(),
         }
+    }
+
+    /// The same with layers that see the last `len` positions only and have `pages` pages of their own.
+    pub fn with_window(self, len: usize, pages: usize) -> Toy {
+        let window_cells = vec![None; self.page_len * pages];
+        Toy { window: Some(WindowCache { len, pages }), window_cells, ..self }
     }
 
     fn wrong(what: String) -> Error {
@@ -75,8 +86,12 @@ impl Toy {
     }
 
     fn cell(&self, row: &Row<'_>, position: usize) -> Result<usize> {
-        let page = row.pages.get(position / self.page_len).copied();
-        let page = page.filter(|page| (*page as usize) < self.page_count);
+        self.cell_in(row.pages, self.page_count, position)
+    }
+
+    fn cell_in(&self, pages: &[u32], page_count: usize, position: usize) -> Result<usize> {
+        let page = pages.get(position / self.page_len).copied();
+        let page = page.filter(|page| (*page as usize) < page_count);
         let page = page.ok_or_else(|| Toy::wrong(format!("no page for position {position}")))?;
         Ok(page as usize * self.page_len + position % self.page_len)
     }
@@ -96,12 +111,24 @@ impl Toy {
             if cell.chain != chain || cell.position as usize != before {
                 return Err(Toy::wrong(format!("position {before} holds something of another sequence")));
             }
+            if let Some(window) = self.window
+                && before >= window.first_seen(position)
+            {
+                let at = self.cell_in(row.window_pages, window.pages, before)?;
+                if self.window_cells[at] != Some(cell) {
+                    return Err(Toy::wrong(format!("the window holds something else at position {before}")));
+                }
+            }
             last.push(cell.token);
         }
         last.push(row.token);
         chain = mix(chain, u64::from(row.token) + 1);
         let at = self.cell(row, position)?;
         self.cells[at] = Some(Cell { token: row.token, position: row.position, chain });
+        if let Some(window) = self.window {
+            let in_window = self.cell_in(row.window_pages, window.pages, position)?;
+            self.window_cells[in_window] = self.cells[at];
+        }
         let from = last.len().saturating_sub(self.memory);
         Ok(last[from..].iter().fold(7, |hash, token| mix(hash, u64::from(*token))))
     }
@@ -126,6 +153,10 @@ impl Toy {
                 for position in 0..=row.position as usize {
                     let at = self.cell(row, position)?;
                     self.cells[at] = None;
+                    if let Some(window) = self.window.filter(|w| position >= w.first_seen(row.position as usize)) {
+                        let at = self.cell_in(row.window_pages, window.pages, position)?;
+                        self.window_cells[at] = None;
+                    }
                 }
             }
             return Err(Toy::wrong("layer 3, expert 5: the disk said no".into()));
@@ -169,6 +200,10 @@ impl TokenModel for Toy {
 
     fn page_count(&self) -> usize {
         self.page_count
+    }
+
+    fn window(&self) -> Option<WindowCache> {
+        self.window
     }
 
     fn step(&mut self, rows: &[Row<'_>], logits: &mut dyn FnMut(usize, &mut [f32])) -> Result<StepReport> {
