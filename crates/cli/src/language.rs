@@ -7,7 +7,9 @@ use crate::model::{Means, held_beside, planned, within_budget};
 use lightering_engine::{ExpertOptions, OpenTrace, Plan};
 use lightering_formats::gguf::{GgufFile, Metadata};
 use lightering_graph::CacheFormat;
-use lightering_lm::{CacheOptions, Decoder, DecoderOptions, HyperParameters, LanguageModel, Tokenizer, WindowCache};
+use lightering_lm::{
+    CacheOptions, Decoder, DecoderOptions, HyperParameters, LanguageModel, Tokenizer, WindowCache,
+};
 use lightering_meter::Reservation;
 use lightering_tier::{ByteSource, DirectFile};
 use lightering_units::Bytes;

@@ -199,24 +199,24 @@ fn open_direct(_: &Path, _: Bytes) -> Option<File> {
 }
 
 #[cfg(unix)]
-fn read_some_at(file: &File, buffer: &mut [u8], offset: u64) -> io::Result<usize> {
+pub(crate) fn read_some_at(file: &File, buffer: &mut [u8], offset: u64) -> io::Result<usize> {
     std::os::unix::fs::FileExt::read_at(file, buffer, offset)
 }
 
 #[cfg(windows)]
-fn read_some_at(file: &File, buffer: &mut [u8], offset: u64) -> io::Result<usize> {
+pub(crate) fn read_some_at(file: &File, buffer: &mut [u8], offset: u64) -> io::Result<usize> {
     std::os::windows::fs::FileExt::seek_read(file, buffer, offset)
 }
 
 /// Drops a range from the page cache; advice that may be refused.
 #[cfg(target_os = "linux")]
-fn forget(file: &File, offset: u64, size: usize) {
+pub(crate) fn forget(file: &File, offset: u64, size: usize) {
     let size = std::num::NonZeroU64::new(size as u64);
     let _ = rustix::fs::fadvise(file, offset, size, rustix::fs::Advice::DontNeed);
 }
 
 #[cfg(not(target_os = "linux"))]
-fn forget(_: &File, _: u64, _: usize) {}
+pub(crate) fn forget(_: &File, _: u64, _: usize) {}
 
 #[cfg(test)]
 mod tests {

@@ -77,9 +77,8 @@ pub fn run(arguments: &PerplexityArguments, output: Output) -> Outcome {
             // Rows that are judged come in smaller steps.
             let most = if at < judged { (judged - at).min(model.rows_max()) } else { WANTED };
             let end = window.min(at + most.min(model.rows_max()));
-            let rows: Vec<Row<'_>> = (at..end)
-                .map(|i| sole.row(chunk[i], i, i >= judged && i + 1 < window))
-                .collect();
+            let rows: Vec<Row<'_>> =
+                (at..end).map(|i| sole.row(chunk[i], i, i >= judged && i + 1 < window)).collect();
             let mut failed = None;
             model.step(&rows, &mut |row, logits| match log_probability(logits, chunk[at + row + 1]) {
                 Ok(p) => losses.push(-f64::from(p)),
