@@ -98,10 +98,23 @@ impl Failure {
         })
     }
 
+    /// What lies behind the error, without what was said already: some errors end in the text of their cause.
+    fn causes(&self) -> Vec<String> {
+        let mut said = self.error.to_string();
+        let mut causes = Vec::new();
+        for cause in self.error.chain().skip(1).map(|cause| cause.to_string()) {
+            if !said.ends_with(&cause) {
+                causes.push(cause.clone());
+                said = cause;
+            }
+        }
+        causes
+    }
+
     /// The message for people: what, why, and what to do.
     pub fn message(&self) -> String {
         let mut text = format!("error: {}", self.error);
-        for cause in self.error.chain().skip(1) {
+        for cause in self.causes() {
             // Writing to a String cannot fail.
             let _ = write!(text, "\n  because: {cause}");
         }
@@ -117,7 +130,7 @@ impl Failure {
             "schema": "lightering.error/1",
             "exit": self.exit as u8,
             "error": self.error.to_string(),
-            "because": self.error.chain().skip(1).map(|c| c.to_string()).collect::<Vec<_>>(),
+            "because": self.causes(),
             "try": self.hint,
             "smallest_memory_bytes": self.smallest,
         })
@@ -191,6 +204,14 @@ mod tests {
         let text = failure.or_hint("a larger budget").message();
         assert!(text.starts_with("error: loading m.onnx\n  because: arena asked for 2 B"), "{text}");
         assert!(text.ends_with("\n  try: a larger budget"), "{text}");
+    }
+
+    #[test]
+    fn no_cause_is_told_twice() {
+        let source = io::Error::new(io::ErrorKind::NotFound, "no such file");
+        let error = lightering_formats::Error::Io { place: "m.gguf".to_owned(), source };
+        let text = Failure::from(error).context("opening the model").message();
+        assert_eq!(text, "error: opening the model\n  because: m.gguf: no such file");
     }
 
     #[test]

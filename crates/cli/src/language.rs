@@ -171,7 +171,8 @@ impl LanguageFile {
         let parameters = HyperParameters::of(&file).map_err(|e| explained("reading its sizes", e))?;
         let context = arguments.context.map_or(parameters.context.min(CONTEXT_DEFAULT), |c| c as usize);
         let rows = (arguments.step_tokens as usize).max(wanted);
-        let pages = context.div_ceil(PAGE_LEN) * parallel;
+        let all = context.div_ceil(PAGE_LEN) * parallel;
+        let pages = arguments.cache_tokens.map_or(all, |tokens| (tokens as usize).div_ceil(PAGE_LEN));
         // Layers with a window let go of what no later token sees, where that saves anything.
         let window_pages = parameters
             .cached_window()
@@ -197,6 +198,11 @@ impl LanguageFile {
             metadata: what_is_left(&file.metadata),
             parallel,
         })
+    }
+
+    /// Bytes of a page of its cache.
+    pub fn page_bytes(&self) -> usize {
+        self.decoder.page_bytes()
     }
 
     /// Its sizes.

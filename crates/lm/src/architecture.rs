@@ -32,7 +32,7 @@ pub mod ports {
     pub const WANTED: &str = "wanted";
     /// f32 `[wanted, vocabulary]`.
     pub const LOGITS: &str = "logits";
-    /// f32 `[wanted, width]`: the normalised last hidden state.
+    /// f32 `[tokens, width]`: the normalised last hidden state.
     pub const HIDDEN: &str = "hidden";
 }
 
@@ -78,7 +78,18 @@ pub fn build(file: &GgufFile, cache: &CacheOptions) -> Result<(Graph, HyperParam
         (graph.add_input(ports::PAGES, table()), graph.add_input(ports::WINDOW_PAGES, table()))
     };
     let wanted = graph.add_input(ports::WANTED, rows(DType::I64, vec![symbol("wanted")]));
-    let mut b = Builder { file, p: &parameters, family, cache, graph, positions, pages, window_pages, apart, angles: Vec::new() };
+    let mut b = Builder {
+        file,
+        p: &parameters,
+        family,
+        cache,
+        graph,
+        positions,
+        pages,
+        window_pages,
+        apart,
+        angles: Vec::new(),
+    };
     let logits = b.decoder(tokens, wanted)?;
     let graph = b.graph;
     let _ = logits;
@@ -299,12 +310,13 @@ impl Builder<'_> {
         for layer in 0..self.p.layers {
             x = self.layer(layer, x)?;
         }
-        let x = self.node("wanted rows", Op::Gather { axis: 0 }, &[x, wanted]);
+        // Embeddings need this of every row, which is cheap; logits are not.
         let hidden = self.norm("output_norm", x, d)?;
+        let rows = self.node("wanted rows", Op::Gather { axis: 0 }, &[hidden, wanted]);
         let name = if self.has("output.weight") { "output.weight" } else { "token_embd.weight" };
         let head = self.matrix(name, d, self.p.vocabulary)?;
         let bias = self.optional_vector("output.bias", self.p.vocabulary)?;
-        let mut logits = self.product("output", hidden, head, bias);
+        let mut logits = self.product("output", rows, head, bias);
         logits = self.scaled("divided logits", logits, 1.0 / self.p.logit_divisor);
         if let Some(cap) = self.p.logit_softcap {
             logits = self.softcapped("logits", logits, cap);

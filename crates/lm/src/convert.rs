@@ -323,7 +323,8 @@ impl Conversion {
         let aligned: u64 = self.outputs.iter().map(|o| o.bytes_in(o.to).next_multiple_of(32)).sum();
         let total = header.len() as u64 + aligned;
         let file = GgufFile::read(&HeaderOnly { header, total })?;
-        let cache = CacheOptions { format: CacheFormat::F16, page_len: 16, pages: 1, window_pages: 0, context: 16 };
+        let cache =
+            CacheOptions { format: CacheFormat::F16, page_len: 16, pages: 1, window_pages: 0, context: 16 };
         crate::build(&file, &cache)?;
         Ok(())
     }

@@ -12,7 +12,9 @@ use lightering_meter::MemoryPool;
 use lightering_tier::{ByteSource, ChunkStore, Residency};
 
 use crate::architecture::{CacheOptions, HyperParameters, build, ports};
-use crate::{Error, ExpertResidency, ModelStatus, Result, Row, StepReport, TokenModel, WindowCache};
+use crate::{
+    Error, ExpertResidency, ModelStatus, PageKind, Result, Row, StepReport, TokenModel, WindowCache,
+};
 
 /// What a decoder is made ready for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -85,6 +87,31 @@ impl Decoder {
         &self.graph
     }
 
+    /// The states that hold pages.
+    fn cached(&self) -> Vec<CachedState> {
+        let apart = self.options.cache.window_pages > 0 && self.parameters.cached_window().is_some();
+        let mut states = Vec::new();
+        for layer in 0..self.parameters.layers {
+            let windowed = apart && self.parameters.has_window(layer);
+            let kind = if windowed { PageKind::Window } else { PageKind::Shared };
+            for part in ["keys", "values"] {
+                let name = format!("blk.{layer}.{part} cache");
+                let value = self.graph.find(&name);
+                let dims = value.and_then(|value| self.graph.value(value).ty.tensor()?.dims());
+                if let Some([_, page_bytes]) = dims.as_deref() {
+                    states.push(CachedState { name, kind, page_bytes: *page_bytes });
+                }
+            }
+        }
+        states
+    }
+
+    /// Bytes of a page of the cache over all layers, the larger ones where layers with a window have their own.
+    pub fn page_bytes(&self) -> usize {
+        let sum = |kind| self.cached().iter().filter(|s| s.kind == kind).map(|s| s.page_bytes).sum::<usize>();
+        sum(PageKind::Shared).max(sum(PageKind::Window))
+    }
+
     /// Plans without allocating.
     ///
     /// # Errors
@@ -118,6 +145,7 @@ impl Decoder {
             options: self.options,
             instruction_seconds: Vec::new(),
             weight_bytes: weight_bytes(&self.graph),
+            cached: self.cached(),
         })
     }
 }
@@ -166,6 +194,14 @@ pub struct LanguageModel {
     options: DecoderOptions,
     instruction_seconds: Vec<f64>,
     weight_bytes: lightering_units::Bytes,
+    cached: Vec<CachedState>,
+}
+
+/// A state that holds the keys or the values of a layer, page behind page.
+struct CachedState {
+    name: String,
+    kind: PageKind,
+    page_bytes: usize,
 }
 
 /// The inputs of a step.
@@ -243,7 +279,24 @@ impl LanguageModel {
         &self.instruction_seconds
     }
 
-    fn check(&self, rows: &[Row<'_>]) -> Result<Vec<i64>> {
+    fn check_page(&self, kind: PageKind, page: u32, len: usize) -> Result<()> {
+        let count = match kind {
+            PageKind::Shared => self.options.cache.pages,
+            PageKind::Window => self.options.cache.window_pages,
+        };
+        let size = self.page_bytes(kind);
+        if page as usize >= count || len != size {
+            let expected = format!("a page below {count} and {size} bytes");
+            return Err(Error::invalid(
+                "page of the cache",
+                format!("page {page} and {len} bytes"),
+                expected,
+            ));
+        }
+        Ok(())
+    }
+
+    fn check(&self, rows: &[Row<'_>], output: &str) -> Result<Vec<i64>> {
         let (most, context) = (self.options.rows, self.options.cache.context);
         if rows.is_empty() || rows.len() > most {
             return Err(Error::invalid("step", format!("{} rows", rows.len()), format!("1 to {most} rows")));
@@ -261,7 +314,7 @@ impl LanguageModel {
         }
         let wanted: Vec<i64> =
             rows.iter().enumerate().filter(|(_, r)| r.wants_logits).map(|(i, _)| i as i64).collect();
-        if wanted.len() > self.options.wanted {
+        if output == ports::LOGITS && wanted.len() > self.options.wanted {
             let expected = format!("at most {}", self.options.wanted);
             return Err(Error::invalid("step", format!("{} wanted rows", wanted.len()), expected));
         }
@@ -275,9 +328,10 @@ impl LanguageModel {
         output: &str,
         give: &mut dyn FnMut(usize, &[f32]),
     ) -> Result<StepReport> {
-        let wanted = self.check(rows)?;
-        // The graph ends in at least one row of results.
-        let computed = if wanted.is_empty() { vec![rows.len() as i64 - 1] } else { wanted.clone() };
+        let wanted = self.check(rows, output)?;
+        // Hidden states are there of every row, and the graph ends in at least one row of logits.
+        let only_one = wanted.is_empty() || output == ports::HIDDEN;
+        let computed = if only_one { vec![rows.len() as i64 - 1] } else { wanted.clone() };
         let pages = self.options.cache.context.div_ceil(self.options.cache.page_len);
         let mut step = Step { rows, wanted: &computed, pages };
         let counts = [rows.len(), computed.len()];
@@ -286,9 +340,16 @@ impl LanguageModel {
                 && let OutputView::Tensor(view) = view
             {
                 let values: &[f32] = view.as_slice();
-                let width = values.len() / computed.len();
-                for (row, values) in wanted.iter().zip(values.chunks_exact(width)) {
-                    give(*row as usize, values);
+                if output == ports::HIDDEN {
+                    let width = values.len() / rows.len();
+                    wanted
+                        .iter()
+                        .for_each(|&row| give(row as usize, &values[row as usize * width..][..width]));
+                } else {
+                    let width = values.len() / computed.len();
+                    for (row, values) in wanted.iter().zip(values.chunks_exact(width)) {
+                        give(*row as usize, values);
+                    }
                 }
             }
             Ok(())
@@ -334,6 +395,32 @@ impl TokenModel for LanguageModel {
         let pages = self.options.cache.window_pages;
         let len = self.parameters.cached_window().filter(|_| pages > 0)?;
         Some(WindowCache { len, pages })
+    }
+
+    fn page_bytes(&self, kind: PageKind) -> usize {
+        self.cached.iter().filter(|state| state.kind == kind).map(|state| state.page_bytes).sum()
+    }
+
+    fn read_page(&self, kind: PageKind, page: u32, mut bytes: &mut [u8]) -> Result<()> {
+        self.check_page(kind, page, bytes.len())?;
+        for state in self.cached.iter().filter(|state| state.kind == kind) {
+            let (part, rest) = bytes.split_at_mut(state.page_bytes);
+            let start = page as usize * state.page_bytes;
+            self.session.read_state(&state.name, |all| part.copy_from_slice(&all[start..][..part.len()]))?;
+            bytes = rest;
+        }
+        Ok(())
+    }
+
+    fn write_page(&mut self, kind: PageKind, page: u32, mut bytes: &[u8]) -> Result<()> {
+        self.check_page(kind, page, bytes.len())?;
+        for state in self.cached.iter().filter(|state| state.kind == kind) {
+            let (part, rest) = bytes.split_at(state.page_bytes);
+            let start = page as usize * state.page_bytes;
+            self.session.write_state(&state.name, |all| all[start..][..part.len()].copy_from_slice(part))?;
+            bytes = rest;
+        }
+        Ok(())
     }
 
     fn step(&mut self, rows: &[Row<'_>], logits: &mut dyn FnMut(usize, &mut [f32])) -> Result<StepReport> {

@@ -43,14 +43,14 @@ pub use convert::{
 pub use error::{Error, Result};
 pub use json::Json;
 pub use language_model::{Decoder, DecoderOptions, LanguageModel};
-pub use model::{Row, SoleSequence, StepReport, TokenModel, WindowCache};
+pub use model::{PageKind, Row, SoleSequence, StepReport, TokenModel, WindowCache};
 pub use sampler::{
     Candidate, Mirostat, Sampler, SamplerOptions, TokenLogProbability, log_probability, top_log_probabilities,
 };
 pub use scheduler::{
     Counters, Done, Event, Events, FinishReason, GeneratedToken, GenerationRequest, LatencyHistogram,
     MAX_LOGPROBS, MAX_STOP_BYTES, MAX_STOPS, ModelLimits, Scheduler, SchedulerOptions, SchedulerState,
-    Timings, Usage,
+    SpillFile, SpillStore, SpillWarning, Timings, Usage,
 };
 pub use status::{ExpertResidency, ModelStatus};
 pub use synthetic::{SyntheticModel, SyntheticOptions, synthetic_names, write_synthetic};

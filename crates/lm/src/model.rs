@@ -2,7 +2,7 @@
 
 use lightering_units::{Bytes, Seconds};
 
-use crate::{ModelStatus, Result};
+use crate::{Error, ModelStatus, Result};
 
 /// One token of one sequence, to be computed in a step.
 ///
@@ -52,6 +52,15 @@ impl WindowCache {
     pub fn least_pages(len: usize, page_len: usize) -> usize {
         len.div_ceil(page_len) + 1
     }
+}
+
+/// Which of the two caches a page belongs to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PageKind {
+    /// Of the layers that see everything, or of all layers where windows have no pages of their own.
+    Shared,
+    /// Of layers with a window that have their own.
+    Window,
 }
 
 /// The pages of a model that computes one sequence and nothing beside it.
@@ -109,7 +118,7 @@ pub trait TokenModel: Send {
     /// Most rows of one step.
     fn rows_max(&self) -> usize;
 
-    /// Most rows of one step whose logits or hidden states may be wanted.
+    /// Most rows of one step whose logits may be wanted; hidden states may be wanted of all.
     fn wanted_rows_max(&self) -> usize;
 
     /// Positions of one page of the cache.
@@ -121,6 +130,30 @@ pub trait TokenModel: Send {
     /// The cache of layers that see only a window, where that has pages of its own; else all layers share their pages.
     fn window(&self) -> Option<WindowCache> {
         None
+    }
+
+    /// Bytes of what all layers keep in one page; 0 where that cannot be copied.
+    fn page_bytes(&self, kind: PageKind) -> usize {
+        let _ = kind;
+        0
+    }
+
+    /// Copies what a page holds.
+    ///
+    /// # Errors
+    /// When there is no such page, or `bytes` has another length than [`page_bytes`](Self::page_bytes).
+    fn read_page(&self, kind: PageKind, page: u32, bytes: &mut [u8]) -> Result<()> {
+        let _ = (kind, page, bytes);
+        Err(Error::unsupported("this model", "copying pages of its cache"))
+    }
+
+    /// Has a page hold what was copied from another one, or from itself earlier.
+    ///
+    /// # Errors
+    /// As [`read_page`](Self::read_page); what the page holds is undefined then.
+    fn write_page(&mut self, kind: PageKind, page: u32, bytes: &[u8]) -> Result<()> {
+        let _ = (kind, page, bytes);
+        Err(Error::unsupported("this model", "copying pages of its cache"))
     }
 
     /// Computes `rows`, writes their keys and values into their pages, and gives the logits of every wanted row, by

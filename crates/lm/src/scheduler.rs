@@ -16,6 +16,7 @@ mod lookup;
 mod pages;
 mod request;
 mod sequence;
+mod spill;
 mod stops;
 mod worker;
 
@@ -23,11 +24,14 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use crate::{Constraint, Error, ModelStatus, Result, Sampler, TokenModel, TokenTable, Tokenizer, WindowCache};
+use crate::{
+    Constraint, Error, ModelStatus, Result, Sampler, TokenModel, TokenTable, Tokenizer, WindowCache,
+};
 
 pub use channel::Events;
 pub use counters::{Counters, LatencyHistogram, SchedulerState};
 pub use request::{Done, Event, FinishReason, GeneratedToken, GenerationRequest, Timings, Usage};
+pub use spill::{SpillFile, SpillStore, SpillWarning};
 
 use counters::Telemetry;
 use inbox::{Inbox, Job};
@@ -115,6 +119,21 @@ impl Scheduler {
         tokenizer: Arc<Tokenizer>,
         options: SchedulerOptions,
     ) -> Result<Scheduler> {
+        Scheduler::start_with_spill(model, tokenizer, options, None)
+    }
+
+    /// As [`start`](Scheduler::start), with a store for what pages of the cache hold when they are needed for something
+    /// else: it comes back when a request begins with it, or when a sequence whose pages were taken goes on. Implies
+    /// [`SchedulerOptions::prefix_reuse`]. What the store fails at is told and computed again.
+    ///
+    /// # Errors
+    /// As [`start`](Scheduler::start).
+    pub fn start_with_spill(
+        model: Box<dyn TokenModel>,
+        tokenizer: Arc<Tokenizer>,
+        options: SchedulerOptions,
+        spill: Option<(Box<dyn SpillStore>, SpillWarning)>,
+    ) -> Result<Scheduler> {
         let at_least_one = [
             ("scheduler option sequences_max", options.sequences_max),
             ("scheduler option queue_max", options.queue_max),
@@ -141,7 +160,11 @@ impl Scheduler {
             let least = WindowCache::least_pages(window.len.max(1), model.page_len());
             if window.len == 0 || window.pages < least {
                 let what = format!("{} pages for a window of {} positions", window.pages, window.len);
-                return Err(Error::invalid("cache of windows of the model", what, format!("at least {least}")));
+                return Err(Error::invalid(
+                    "cache of windows of the model",
+                    what,
+                    format!("at least {least}"),
+                ));
             }
         }
         let limits = ModelLimits {
@@ -151,6 +174,7 @@ impl Scheduler {
             page_len: model.page_len(),
             page_count: model.page_count(),
         };
+        let spill = spill.map(|(store, warning)| spill::Spill::new(store, warning));
         let inbox = Arc::new(Inbox::new(options.queue_max));
         let telemetry = Arc::new(Telemetry::default());
         let thread = {
@@ -158,7 +182,7 @@ impl Scheduler {
             let (tokenizer, options) = (Arc::clone(&tokenizer), options.clone());
             std::thread::Builder::new()
                 .name("lm scheduler".to_owned())
-                .spawn(move || worker::run(model, &tokenizer, options, inbox, telemetry))
+                .spawn(move || worker::run(model, &tokenizer, options, inbox, telemetry, spill))
                 .map_err(|e| Error::Internal(format!("starting the thread of the scheduler: {e}")))?
         };
         let thread = Mutex::new(Some(thread));
@@ -215,7 +239,7 @@ impl Scheduler {
                 return Err(Error::invalid("stop", what, format!("1 to {MAX_STOP_BYTES} bytes")));
             }
         }
-        if let Some(count) = request.logprobs
+        if let Some(count) = request.logprobs.max(request.prompt_logprobs)
             && count > MAX_LOGPROBS
         {
             return Err(Error::limit(

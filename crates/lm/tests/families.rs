@@ -8,8 +8,8 @@ use lightering_engine::{EngineError, ExpertOptions, PlanOptions};
 use lightering_formats::gguf::{GgufFile, Value};
 use lightering_graph::CacheFormat;
 use lightering_lm::{
-    CacheOptions, Decoder, DecoderOptions, LanguageModel, Row, SoleSequence, SyntheticOptions, TokenModel, synthetic_names,
-    write_synthetic,
+    CacheOptions, Decoder, DecoderOptions, LanguageModel, PageKind, Row, SoleSequence, SyntheticOptions,
+    TokenModel, synthetic_names, write_synthetic,
 };
 use lightering_meter::MachineProfile;
 use lightering_tier::ByteSource;
@@ -52,12 +52,20 @@ impl ByteSource for Counted {
 }
 
 fn decoder(file: &[u8]) -> lightering_lm::Result<Decoder> {
-    decoder_with_windows(file, 0)
+    decoder_with_windows(file, None, 0)
 }
 
-fn decoder_with_windows(file: &[u8], window_pages: usize) -> lightering_lm::Result<Decoder> {
+fn decoder_with_windows(
+    file: &[u8],
+    window: Option<u32>,
+    window_pages: usize,
+) -> lightering_lm::Result<Decoder> {
     let source = Arc::new(Counted(file.to_vec(), AtomicU64::new(0)));
-    let parsed = GgufFile::read(&*source)?;
+    let mut parsed = GgufFile::read(&*source)?;
+    if let Some(window) = window {
+        let architecture = parsed.metadata.require_str("general.architecture")?.to_owned();
+        parsed.metadata.set(&format!("{architecture}.attention.sliding_window"), Value::U32(window));
+    }
     let cache = CacheOptions {
         format: CacheFormat::F16,
         page_len: PAGE,
@@ -121,13 +129,15 @@ fn windows_in_pages_of_their_own_give_the_same_bits_in_less_memory() {
     let mut with_windows = Vec::new();
     for name in synthetic_names() {
         let file = file_of(name, BlockFormat::Q8_0);
-        let shared = decoder(&file).unwrap();
-        let Some(window) = shared.parameters().cached_window() else { continue };
+        // Of these all layers have one.
+        let window = ["phi-3-mini", "mistral-7b"].contains(&name).then_some(24);
+        let shared = decoder_with_windows(&file, window, 0).unwrap();
+        let Some(len) = shared.parameters().cached_window() else { continue };
         // Where the tokens go far beyond the window, its three pages come round again.
-        if window > CONTEXT - 2 * PAGE {
+        if len > CONTEXT - 2 * PAGE {
             continue;
         }
-        let apart = decoder_with_windows(&file, 3).unwrap();
+        let apart = decoder_with_windows(&file, window, 3).unwrap();
         let mut results = Vec::new();
         for decoder in [&shared, &apart] {
             let mut model = start(decoder, None).unwrap();
@@ -141,13 +151,50 @@ fn windows_in_pages_of_their_own_give_the_same_bits_in_less_memory() {
         }
         assert_eq!(results[0].0, results[1].0, "{name}");
         assert!(results[1].1 < results[0].1, "{name}: {} and {}", results[0].1, results[1].1);
-        let error = decoder_with_windows(&file, 2).err().unwrap().to_string();
+        let error = decoder_with_windows(&file, window, 2).err().unwrap().to_string();
         assert!(error.contains("0, or 3"), "{error}");
         with_windows.push(name);
     }
     // Windows in some layers and in all of them.
-    for name in ["gemma-3-270m", "phi-3-mini"] {
+    for name in ["gemma-3-270m", "phi-3-mini", "mistral-7b"] {
         assert!(with_windows.contains(&name), "{name} is not among {with_windows:?}");
+    }
+}
+
+#[test]
+fn pages_that_are_copied_hold_the_same_bits() {
+    for name in ["gemma-3-270m", "llama-3.2-1b", "deepseek-v2-lite"] {
+        let decoder = decoder_with_windows(&file_of(name, BlockFormat::Q8_0), None, 4).unwrap();
+        let mut model = start(&decoder, None).unwrap();
+        fn row<'a>(i: usize, pages: &'a [u32], window_pages: &'a [u32]) -> Row<'a> {
+            let (token, position) = ((i as u32 * 11 + 5) % 256, i as u32);
+            Row { token, position, pages, window_pages, wants_logits: i == 31 }
+        }
+        let last = |model: &mut LanguageModel, from: usize, pages: &[u32], window_pages: &[u32]| {
+            let mut bits = Vec::new();
+            for from in (from..32).step_by(8) {
+                let rows: Vec<_> = (from..from + 8).map(|i| row(i, pages, window_pages)).collect();
+                let mut keep = |_, l: &mut [f32]| bits.extend(l.iter().map(|x| x.to_bits()));
+                model.step(&rows, &mut keep).unwrap();
+            }
+            bits
+        };
+        let expected = last(&mut model, 0, &[0, 1], &[0, 1]);
+        for (kind, to) in [(PageKind::Shared, 5), (PageKind::Window, 3)] {
+            let size = model.page_bytes(kind);
+            assert_eq!(size > 0, kind == PageKind::Shared || name.starts_with("gemma"), "{name}");
+            assert!(size <= decoder.page_bytes());
+            let mut bytes = vec![0; size];
+            if size > 0 {
+                model.read_page(kind, 0, &mut bytes).unwrap();
+                model.write_page(kind, to, &bytes).unwrap();
+                assert!(model.read_page(kind, 99, &mut bytes).is_err());
+                assert!(model.write_page(kind, 0, &bytes[1..]).is_err());
+                // What the first page held is gone.
+                model.write_page(kind, 0, &vec![0; size]).unwrap();
+            }
+        }
+        assert_eq!(last(&mut model, 16, &[5, 1], &[3, 1]), expected, "{name}");
     }
 }
 

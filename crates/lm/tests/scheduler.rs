@@ -7,9 +7,11 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use lightering_lm::{
-    Done, Error, Event, Events, FinishReason, GeneratedToken, GenerationRequest, Grammar, SamplerOptions,
-    Scheduler, SchedulerOptions, Tokenizer, WindowCache, log_probability,
+    Done, Error, Event, Events, FinishReason, GeneratedToken, GenerationRequest, Grammar, PageKind,
+    SamplerOptions, Scheduler, SchedulerOptions, SpillFile, SpillStore, SpillWarning, TokenModel, Tokenizer,
+    WindowCache, log_probability,
 };
+use lightering_units::Bytes;
 use proptest::prelude::*;
 use toy::{Controls, Toy};
 
@@ -59,7 +61,11 @@ fn drained(scheduler: &Scheduler) {
     scheduler.close();
     assert!(scheduler.wait(Duration::from_secs(60)), "it did not finish");
     let state = scheduler.state();
-    assert_eq!((state.pages_held, state.window_pages_held, state.running, state.queued), (0, 0, 0, 0), "{state:?}");
+    assert_eq!(
+        (state.pages_held, state.window_pages_held, state.running, state.queued),
+        (0, 0, 0, 0),
+        "{state:?}"
+    );
 }
 
 fn greedy(prompt: &[u32], count: usize) -> GenerationRequest {
@@ -129,6 +135,7 @@ proptest! {
         memory in 1usize..3,
         dropped in prop::collection::vec(prop::bool::weighted(0.15), 12),
         window in prop::option::of((1usize..20, 0usize..30)),
+        spill in prop::option::of((1u32..200, 0.0f64..1.0)),
     ) {
         let tokenizer = Arc::new(toy::tokenizer());
         // At the scarcest, one sequence of the longest kind fits and nothing else.
@@ -138,13 +145,19 @@ proptest! {
             // From hardly enough for one sequence to more than all need.
             toy = toy.with_window(len, WindowCache::least_pages(len, page_len) + more);
         }
-        let scheduler = start(toy.clone(), &tokenizer, options! {
+        let scheduler_options = options! {
             sequences_max: sequences_max,
             prefix_reuse: prefix_reuse,
             draft_len_max: draft_len_max,
             prefill_rows_max: prefill_rows_max,
             events_max: 3,
+        };
+        let store = spill.map(|(slots, reliability)| {
+            let store: Box<dyn SpillStore> = Box::new(Shelf { slots, reliability, ..Shelf::default() });
+            (store, SpillWarning::new(|_| {}))
         });
+        let scheduler =
+            Scheduler::start_with_spill(Box::new(toy.clone()), Arc::clone(&tokenizer), scheduler_options, store).unwrap();
         let events: Vec<Events> = requests.iter().map(|r| scheduler.generate(r.clone()).unwrap()).collect();
         let threads: Vec<_> = events.into_iter().zip(&dropped).map(|(mut events, dropped)| {
             let dropped = *dropped;
@@ -235,6 +248,117 @@ fn windows_let_go_of_what_no_later_token_sees() {
     let little = Toy::new(&tokenizer, 4, 256).with_window(10, 3);
     let error = Scheduler::start(Box::new(little), tokenizer, options()).unwrap_err();
     assert!(error.to_string().contains("at least 4"), "{error}");
+}
+
+/// A store in memory that fails now and then.
+#[derive(Default)]
+struct Shelf {
+    slots: u32,
+    /// How much of what is asked for is done.
+    reliability: f64,
+    pages: std::collections::HashMap<u32, Vec<u8>>,
+    asked: u32,
+}
+
+impl Shelf {
+    fn ask(&mut self) -> std::io::Result<()> {
+        self.asked += 1;
+        // Fractions of a golden angle are spread evenly.
+        match f64::from(self.asked) * 0.618_034 % 1.0 < self.reliability {
+            true => Ok(()),
+            false => Err(std::io::ErrorKind::StorageFull.into()),
+        }
+    }
+}
+
+impl SpillStore for Shelf {
+    fn slots(&self) -> u32 {
+        self.slots
+    }
+
+    fn write(&mut self, slot: u32, fill: &mut dyn FnMut(&mut [u8])) -> std::io::Result<()> {
+        assert!(slot < self.slots);
+        let mut bytes = vec![0; 128];
+        fill(&mut bytes);
+        self.pages.remove(&slot);
+        self.ask()?;
+        self.pages.insert(slot, bytes);
+        Ok(())
+    }
+
+    fn read(&mut self, slot: u32, take: &mut dyn FnMut(&[u8])) -> std::io::Result<()> {
+        self.ask()?;
+        take(&self.pages[&slot]);
+        Ok(())
+    }
+}
+
+#[test]
+fn what_pages_held_comes_back_from_the_spill() {
+    let tokenizer = Arc::new(toy::tokenizer());
+    let folder = tempfile::tempdir().unwrap();
+    for window in [false, true] {
+        let mut toy = Toy::new(&tokenizer, 4, 24);
+        if window {
+            toy = toy.with_window(10, 8);
+        }
+        let page_bytes = toy.page_bytes(PageKind::Shared);
+        let file = SpillFile::create(folder.path(), Bytes::mib(1), page_bytes).unwrap();
+        assert!(SpillFile::create(folder.path(), Bytes(100), page_bytes).is_err());
+        let warning = SpillWarning::new(|warning| panic!("{warning}"));
+        let scheduler = Scheduler::start_with_spill(
+            Box::new(toy.clone()),
+            Arc::clone(&tokenizer),
+            options(),
+            Some((Box::new(file), warning)),
+        )
+        .unwrap();
+        let prompts: Vec<Vec<u32>> = (0..3).map(|i| (0..60).map(|t| (t * (i + 2)) % 90).collect()).collect();
+        let answers: Vec<_> =
+            prompts.iter().map(|p| collect(scheduler.generate(greedy(p, 20)).unwrap()).0).collect();
+        // Each of them needs all the pages, so that only the file has kept the others.
+        for (prompt, answer) in prompts.iter().zip(&answers) {
+            let (again, done) = collect(scheduler.generate(greedy(prompt, 20)).unwrap());
+            assert_eq!(again, *answer);
+            assert_eq!(done.usage.cached_tokens, 56, "all of the prompt but its last page");
+            assert_eq!(again, alone(&toy, &tokenizer, greedy(prompt, 20)));
+        }
+        // Sequences whose pages are taken go on where they were.
+        let computed = scheduler.state().counters.prefill_tokens;
+        let events: Vec<_> = prompts.iter().map(|p| scheduler.generate(greedy(p, 36)).unwrap()).collect();
+        let done: Vec<_> = events.into_iter().map(collect).collect();
+        for ((answer, _), prompt) in done.iter().zip(&prompts) {
+            assert_eq!(*answer, alone(&toy, &tokenizer, greedy(prompt, 36)));
+        }
+        drained(&scheduler);
+        let counters = scheduler.state().counters;
+        assert!(counters.pages_spilled >= 3 * 14 && counters.pages_restored >= 3 * 14, "{counters:?}");
+        assert!(counters.prefill_tokens - computed < 100, "{counters:?}");
+    }
+    assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0);
+}
+
+#[test]
+fn a_full_disk_is_told_once_and_pages_are_computed_again() {
+    let tokenizer = Arc::new(toy::tokenizer());
+    let toy = Toy::new(&tokenizer, 4, 24);
+    let warnings = Arc::new(std::sync::Mutex::new(Vec::new()));
+    let told = Arc::clone(&warnings);
+    let warning = SpillWarning::new(move |warning| told.lock().unwrap().push(warning.to_owned()));
+    let store = Shelf { slots: 100, reliability: 0.0, ..Shelf::default() };
+    let model = Box::new(toy.clone());
+    let spill = Some((Box::new(store) as Box<dyn SpillStore>, warning));
+    let scheduler = Scheduler::start_with_spill(model, Arc::clone(&tokenizer), options(), spill).unwrap();
+    for i in [0, 1, 0, 1] {
+        let prompt: Vec<u32> = (0..60).map(|t| (t * (i + 2)) % 90).collect();
+        let (answer, _) = collect(scheduler.generate(greedy(&prompt, 20)).unwrap());
+        assert_eq!(answer, alone(&toy, &tokenizer, greedy(&prompt, 20)));
+    }
+    drained(&scheduler);
+    let warnings = warnings.lock().unwrap();
+    assert_eq!(warnings.len(), 1, "{warnings:?}");
+    assert!(warnings[0].contains("computed again"), "{warnings:?}");
+    assert_eq!(scheduler.state().counters.pages_spilled, 0);
 }
 
 #[test]
@@ -429,6 +553,47 @@ fn answers_keep_to_their_grammar_and_tell_probabilities() {
         assert!(token.top[0].log_probability <= 0.0);
     }
     assert!(log_probability(&[0.0, 0.0], 0).is_ok());
+}
+
+#[test]
+fn prompts_are_told_with_their_probabilities() {
+    let tokenizer = Arc::new(toy::tokenizer());
+    let toy = Toy { wanted_rows_max: 3, ..Toy::new(&tokenizer, 4, 24) };
+    let scheduler = start(toy.clone(), &tokenizer, options());
+    let (plain, _) = collect(scheduler.generate(greedy(&[5, 6], 30)).unwrap());
+    let mut prompt = vec![5, 6];
+    prompt.extend(plain.tokens.iter().map(|t| t.id));
+    let others: Vec<_> = (0..3).map(|i| scheduler.generate(greedy(&[i], 40)).unwrap()).collect();
+    let request = GenerationRequest { prompt_logprobs: Some(2), logprobs: Some(2), ..greedy(&prompt, 3) };
+    let mut events: Vec<Event> = scheduler.generate(request).unwrap().collect();
+    others.into_iter().for_each(|events| assert_eq!(collect(events).0.tokens.len(), 40));
+    let Event::Prompt(told) = events.remove(0) else { panic!("{:?}", events[0]) };
+    assert_eq!(told.iter().map(|t| t.id).collect::<Vec<_>>(), prompt);
+    assert_eq!((told[0].log_probability, told[0].top.len()), (None, 0));
+    for token in &told[1..] {
+        assert_eq!(token.top.len(), 2);
+        assert!(token.log_probability.unwrap() <= token.top[0].log_probability);
+    }
+    // What was chosen greedily is the likeliest in its place.
+    for token in &told[2..] {
+        assert_eq!(
+            (token.id, token.log_probability),
+            (token.top[0].token, Some(token.top[0].log_probability))
+        );
+    }
+    let Event::Done(done) = events.last().unwrap() else { panic!("{events:?}") };
+    assert_eq!(done.usage.cached_tokens, 0, "logits of all of the prompt are wanted");
+    drained(&scheduler);
+}
+
+#[test]
+fn the_end_of_a_grammar_ends_an_answer_that_ignores_ends() {
+    let tokenizer = Arc::new(toy::tokenizer());
+    let scheduler = start(Toy::new(&tokenizer, 4, 64), &tokenizer, options());
+    let constraint = Some(Grammar::from_regex("(ab){2}").unwrap());
+    let (answer, _) =
+        collect(scheduler.generate(GenerationRequest { constraint, ..greedy(&[4], 30) }).unwrap());
+    assert_eq!((answer.text.as_str(), answer.reason), ("abab", FinishReason::Stop));
 }
 
 #[test]

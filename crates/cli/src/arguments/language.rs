@@ -50,6 +50,11 @@ pub struct DecoderArguments {
     /// Format of the cache of keys and values
     #[arg(long, value_name = "FORMAT", value_enum, default_value = "f16")]
     pub cache: CacheFormatName,
+    /// Tokens that the cache has room for, of all conversations together [default: --context for each of them]
+    ///
+    /// Conversations that find no room wait, and are computed again later from what is left of them.
+    #[arg(long, value_name = "TOKENS", value_parser = clap::value_parser!(u32).range(1..=1_073_741_824))]
+    pub cache_tokens: Option<u32>,
     /// Most tokens that are computed in one step; more are faster for long prompts and take more memory
     #[arg(long, value_name = "N", default_value_t = 128, value_parser = clap::value_parser!(u32).range(1..=65_536))]
     pub step_tokens: u32,
@@ -153,9 +158,9 @@ pub struct GenerateArguments {
     /// The answer matches this regular expression
     #[arg(long, value_name = "PATTERN")]
     pub regex: Option<String>,
-    /// Tell each token with its probability and this many of the likeliest
-    #[arg(long, value_name = "N")]
-    pub logprobs: Option<usize>,
+    /// Tell each token with its probability and this many of the likeliest, 20 at most
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(0..=20))]
+    pub logprobs: Option<u8>,
     /// Most tokens that are guessed ahead from earlier text and checked in one step; the answer stays the same
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub draft: usize,
@@ -223,6 +228,16 @@ pub struct ServeArguments {
     /// Most tokens that are guessed ahead from earlier text and checked in one step; answers stay the same
     #[arg(long, value_name = "N", default_value_t = 0, value_parser = clap::value_parser!(u32).range(0..=64), help_heading = "Server")]
     pub draft: u32,
+    /// Write pages of the cache that have to make room to a file in this folder, and bring them back instead of
+    /// computing them again; off for none
+    ///
+    /// The file has no name, and is gone when the server ends. When the disk is full, that is told, and pages are
+    /// computed again.
+    #[arg(long, value_name = "FOLDER", default_value = "off", value_hint = ValueHint::DirPath, help_heading = "Server")]
+    pub kv_spill: PathBuf,
+    /// Most that the file of --kv-spill may take
+    #[arg(long, value_name = "SIZE", default_value = "4GiB", value_parser = parse_bytes, help_heading = "Server")]
+    pub kv_spill_size: Bytes,
     /// Seconds for which answers may go on after SIGTERM or Ctrl-C
     #[arg(long, value_name = "SECONDS", default_value_t = 30, value_parser = clap::value_parser!(u64).range(0..=86_400), help_heading = "Server")]
     pub drain: u64,

@@ -9,8 +9,8 @@ use crate::text_input::read_text;
 use crate::usage::{self, Baseline};
 use lightering_kernels::Isa;
 use lightering_lm::{
-    ChatTemplate, Conversation, Done, Event, FinishReason, GenerationRequest, Grammar, Json, MAX_TEXT_BYTES,
-    Message, Scheduler, SchedulerOptions, TokenModel, Tokenizer, Usage,
+    ChatTemplate, Conversation, Done, Error as LmError, Event, FinishReason, GenerationRequest, Grammar,
+    Json, MAX_TEXT_BYTES, Message, Scheduler, SchedulerOptions, TokenModel, Tokenizer, Usage,
 };
 use lightering_meter::{EnergyMeter, MemoryPool, Receipt, Stopwatch, Tier};
 use lightering_units::{Bytes, Seconds};
@@ -81,19 +81,24 @@ pub fn run(arguments: &GenerateArguments, output: Output) -> Outcome {
     options.sequences_max = 1;
     options.draft_len_max = arguments.draft;
     let scheduler = Scheduler::start(Box::new(model), tokenizer, options)?;
-    let too_long = format!("--context, which is {context}, or a shorter prompt");
     let request = GenerationRequest {
         prompt,
         max_tokens: arguments.tokens,
         sampler: (&arguments.sampler).into(),
         stop: arguments.stop.clone(),
         constraint,
-        logprobs: arguments.logprobs,
+        logprobs: arguments.logprobs.map(usize::from),
+        prompt_logprobs: None,
         ignore_end: arguments.ignore_end,
         draft_len_max: None,
     };
-    let mut events =
-        scheduler.generate(request).map_err(|e| Failure::from(e).context("the prompt").or_hint(too_long))?;
+    let mut events = scheduler.generate(request).map_err(|error| match &error {
+        LmError::TooLong { .. } => {
+            let hint = format!("--context, which is {context}, or a shorter prompt");
+            Failure::from(error).context("the prompt").or_hint(hint)
+        }
+        _ => error.into(),
+    })?;
     let mut told = Vec::new();
     let mut text = String::new();
     let mut say = |piece: &str| -> Outcome<()> {

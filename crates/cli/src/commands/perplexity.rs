@@ -7,7 +7,7 @@ use crate::model::{Means, load_profile};
 use crate::output::Output;
 use crate::text_input::read_text;
 use crate::usage::Baseline;
-use lightering_lm::{MAX_TEXT_BYTES, Row, TokenModel, log_probability};
+use lightering_lm::{MAX_TEXT_BYTES, Row, SoleSequence, TokenModel, log_probability};
 use lightering_meter::{MemoryPool, Stopwatch};
 use lightering_units::{Bytes, Seconds};
 use serde::Serialize;

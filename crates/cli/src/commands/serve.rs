@@ -8,7 +8,9 @@ use crate::output::Output;
 use crate::text_input::read_text;
 use crate::usage::Baseline;
 use anyhow::Context;
-use lightering_lm::{ChatTemplate, Scheduler, SchedulerOptions, TokenModel};
+use lightering_lm::{
+    ChatTemplate, Scheduler, SchedulerOptions, SpillFile, SpillStore, SpillWarning, TokenModel,
+};
 use lightering_meter::MemoryPool;
 use lightering_server::{Server, ServerOptions};
 use lightering_units::Bytes;
@@ -70,6 +72,9 @@ pub fn run(arguments: &ServeArguments, output: Output) -> Outcome {
     progress.set_message("reading the model");
     let (parallel, draft) = (arguments.parallel as usize, arguments.draft as usize);
     let file = LanguageFile::open(&arguments.model, &resources.decoder, resources.memory, parallel, draft)?;
+    let spill = spill(arguments, &file, output)?;
+    let memory = if spill.is_some() { SpillFile::memory_for(file.page_bytes()) } else { Bytes::ZERO };
+    let _staging = pool.reserve("a page of the cache on its way to its file", memory)?;
     progress.set_message("planning and loading");
     let threads = resources.threads.unwrap_or_else(lightering_meter::host::cores);
     let means = Means { threads, profile: &profile, pool: &pool, baseline: &baseline };
@@ -83,7 +88,8 @@ pub fn run(arguments: &ServeArguments, output: Output) -> Outcome {
     scheduling.sequences_max = parallel;
     scheduling.queue_max = arguments.queue as usize;
     scheduling.draft_len_max = draft;
-    let scheduler = Scheduler::start(Box::new(language.model), language.tokenizer, scheduling)?;
+    let model = Box::new(language.model);
+    let scheduler = Scheduler::start_with_spill(model, language.tokenizer, scheduling, spill)?;
     serving.memory_budget = resources.memory;
     serving.memory_used = Some(Arc::new(move || baseline.anonymous_since()));
     let report = ServeReport {
@@ -122,6 +128,27 @@ pub fn run(arguments: &ServeArguments, output: Output) -> Outcome {
         };
     }
     Ok(Exit::Done)
+}
+
+/// Where pages of the cache go that have to make room.
+fn spill(
+    arguments: &ServeArguments,
+    file: &LanguageFile,
+    output: Output,
+) -> Outcome<Option<(Box<dyn SpillStore>, SpillWarning)>> {
+    let folder = &arguments.kv_spill;
+    if folder.as_os_str() == "off" {
+        return Ok(None);
+    }
+    let store = SpillFile::create(folder, arguments.kv_spill_size, file.page_bytes())
+        .map_err(|e| Failure::from(e).or_hint("another folder for --kv-spill, or another --kv-spill-size"))?;
+    let warning = SpillWarning::new(move |warning| {
+        if !output.quiet {
+            // A warning that cannot be written is no reason to stop.
+            let _ = writeln!(io::stderr(), "warning: {warning}");
+        }
+    });
+    Ok(Some((Box::new(store), warning)))
 }
 
 /// The keys from the command line, from a file and, without those, from the environment.

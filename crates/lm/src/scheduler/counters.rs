@@ -64,6 +64,10 @@ pub struct Counters {
     pub accepted_tokens: u64,
     /// How often a sequence had to give its pages back.
     pub preemptions: u64,
+    /// Cache pages that were written to the spill.
+    pub pages_spilled: u64,
+    /// Cache pages that were brought back from there.
+    pub pages_restored: u64,
     /// Time of all steps.
     pub step_time: Seconds,
     /// Part of it spent waiting for weights.
@@ -101,6 +105,8 @@ impl Counters {
         self.drafted_tokens += other.drafted_tokens;
         self.accepted_tokens += other.accepted_tokens;
         self.preemptions += other.preemptions;
+        self.pages_spilled += other.pages_spilled;
+        self.pages_restored += other.pages_restored;
         self.step_time += other.step_time;
         self.stall_time += other.stall_time;
         self.bytes_read += other.bytes_read;

@@ -3,15 +3,16 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use crate::WindowCache;
+use super::spill::Spill;
 use crate::tokenizer::Map;
+use crate::{PageKind, TokenModel, WindowCache};
 
 /// What a full page holds: the tokens in it, behind the tokens of the pages before it.
 ///
 /// The pages before are told by a number that is never used twice, so that equality is exact without comparing more than
 /// one page.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
-struct Content {
+pub(super) struct Content {
     /// The number of the page before, or [`ROOT`].
     before: u64,
     tokens: Arc<[u32]>,
@@ -28,6 +29,17 @@ pub(super) const NO_PAGE: u32 = u32::MAX;
 pub(super) struct Pools {
     pub all: PagePool,
     pub windows: Option<Windows>,
+    pub spill: Option<Spill>,
+}
+
+/// Where a content is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Place {
+    /// Nowhere, since no later token sees it.
+    Gone,
+    Page(u32),
+    /// In a slot of the spill, with its number there.
+    Slot(u32, u64),
 }
 
 /// Pages of layers with a window. What they hold is told by the number of the page of the other layers with the same
@@ -42,14 +54,98 @@ pub(super) struct Windows {
 /// those have their own.
 #[derive(Debug, Default)]
 pub(super) struct Found {
-    pub pages: Vec<(u32, u64)>,
-    pub window_pages: Vec<u32>,
+    pub pages: Vec<(Place, u64)>,
+    pub window_pages: Vec<Place>,
 }
 
 impl Pools {
     pub fn new(page_len: usize, page_count: usize, window: Option<WindowCache>) -> Pools {
         let windows = |cache: WindowCache| Windows { cache, pool: PagePool::new(page_len, cache.pages) };
-        Pools { all: PagePool::new(page_len, page_count), windows: window.map(windows) }
+        Pools { all: PagePool::new(page_len, page_count), windows: window.map(windows), spill: None }
+    }
+
+    /// Keeps in `spill` what pages hold when they are needed for something else.
+    pub fn set_spill(&mut self, spill: Spill) {
+        self.spill = Some(spill);
+        self.all.notes_evicted = true;
+        if let Some(windows) = &mut self.windows {
+            windows.pool.notes_evicted = true;
+        }
+    }
+
+    /// Writes what pages hold that were given away since the last call; before anything is computed into them.
+    pub fn flush(&mut self, model: &dyn TokenModel) {
+        let Some(spill) = &mut self.spill else { return };
+        let windows = self.windows.as_mut().map(|w| (&mut w.pool, PageKind::Window));
+        for (pool, kind) in std::iter::once((&mut self.all, PageKind::Shared)).chain(windows) {
+            for (page, number, content) in pool.evicted.drain(..) {
+                spill.put(model, kind, page, number, content);
+            }
+        }
+    }
+
+    fn pool(&mut self, kind: PageKind) -> Option<&mut PagePool> {
+        match kind {
+            PageKind::Shared => Some(&mut self.all),
+            PageKind::Window => self.windows.as_mut().map(|w| &mut w.pool),
+        }
+    }
+
+    /// Brings what a slot holds back into a page for the caller.
+    pub fn restore(
+        &mut self,
+        model: &mut dyn TokenModel,
+        kind: PageKind,
+        slot: u32,
+        number: u64,
+    ) -> Option<u32> {
+        let page = self.pool(kind)?.allocate()?;
+        self.flush(model);
+        let content = self.spill.as_mut().and_then(|spill| spill.get(model, kind, slot, number, page));
+        let pool = self.pool(kind)?;
+        match content {
+            Some(content) => {
+                pool.put_back(page, number, content);
+                Some(page)
+            }
+            None => {
+                pool.release(&mut vec![page]);
+                None
+            }
+        }
+    }
+
+    pub fn hold(&mut self, kind: PageKind, page: u32) {
+        if let Some(pool) = self.pool(kind) {
+            pool.hold(page);
+        }
+    }
+
+    pub fn touch(&mut self, slot: u32) {
+        if let Some(spill) = &mut self.spill {
+            spill.touch(slot);
+        }
+    }
+
+    /// Tells what a full page of the caller's holds ([`PagePool::register`]).
+    pub fn register(&mut self, kind: PageKind, page: &mut u32, before: u64, tokens: &[u32]) -> u64 {
+        let spill = self.spill.as_ref().map(|spill| (spill, kind));
+        match (kind, &mut self.windows) {
+            (PageKind::Window, Some(windows)) => windows.pool.register(page, before, tokens, spill),
+            _ => self.all.register(page, before, tokens, spill),
+        }
+    }
+
+    fn place(&self, kind: PageKind, before: u64, tokens: &[u32]) -> Option<(Place, u64)> {
+        let pool = match kind {
+            PageKind::Shared => &self.all,
+            PageKind::Window => &self.windows.as_ref()?.pool,
+        };
+        if let Some((page, number)) = pool.find(before, tokens) {
+            return Some((Place::Page(page), number));
+        }
+        let (slot, number) = self.spill.as_ref()?.find(kind, &Content { before, tokens: tokens.into() })?;
+        Some((Place::Slot(slot, number), number))
     }
 
     pub fn page_len(&self) -> usize {
@@ -66,13 +162,15 @@ impl Pools {
         let mut found = Found::default();
         let mut before = ROOT;
         for tokens in tokens.chunks_exact(self.page_len()) {
-            let Some((page, number)) = self.all.find(before, tokens) else { break };
-            found.pages.push((page, number));
+            let Some((place, number)) = self.place(PageKind::Shared, before, tokens) else { break };
+            found.pages.push((place, number));
             before = number;
         }
-        let Some(windows) = &self.windows else { return found };
-        let there: Vec<Option<u32>> =
-            found.pages.iter().map(|(_, number)| Some(windows.pool.find(*number, &[])?.0)).collect();
+        if self.windows.is_none() {
+            return found;
+        }
+        let window = |number: u64| Some(self.place(PageKind::Window, number, &[])?.0);
+        let there: Vec<Option<Place>> = found.pages.iter().map(|(_, number)| window(*number)).collect();
         // The longest beginning behind which the window is there as a whole.
         let mut count = found.pages.len();
         loop {
@@ -82,7 +180,8 @@ impl Pools {
                 Some(missing) => count = first + missing,
                 None => {
                     let pages = there[first..count].iter().flatten();
-                    found.window_pages = std::iter::repeat_n(NO_PAGE, first).chain(pages.copied()).collect();
+                    found.window_pages =
+                        std::iter::repeat_n(Place::Gone, first).chain(pages.copied()).collect();
                     break;
                 }
             }
@@ -95,14 +194,16 @@ impl Pools {
     /// soon need one more page.
     pub fn admits(&self, tokens: usize, found: &Found, running: usize) -> bool {
         let all = (tokens + 1).div_ceil(self.page_len());
-        let idle = |pool: &PagePool, page: u32| page != NO_PAGE && pool.is_idle(page);
-        let reused = found.pages.iter().filter(|(page, _)| idle(&self.all, *page)).count();
-        if all.saturating_sub(found.pages.len()) + reused + running > self.all.available() {
+        let idle = |pool: &PagePool, place: Place| matches!(place, Place::Page(page) if pool.is_idle(page));
+        let there = |place: Place| matches!(place, Place::Page(_));
+        let reused = found.pages.iter().filter(|(place, _)| idle(&self.all, *place)).count();
+        let held = found.pages.iter().filter(|(place, _)| there(*place)).count();
+        if all.saturating_sub(held) + reused + running > self.all.available() {
             return false;
         }
         self.windows.as_ref().is_none_or(|Windows { cache, pool }| {
-            let held = found.window_pages.iter().filter(|page| **page != NO_PAGE).count();
-            let reused = found.window_pages.iter().filter(|page| idle(pool, **page)).count();
+            let held = found.window_pages.iter().filter(|place| there(**place)).count();
+            let reused = found.window_pages.iter().filter(|place| idle(pool, **place)).count();
             let most = all.min(WindowCache::least_pages(cache.len, pool.page_len()));
             most.saturating_sub(held) + reused + running <= pool.available()
         })
@@ -129,6 +230,10 @@ pub(super) struct PagePool {
     known: Map<Content, u32>,
     number: u64,
     clock: u64,
+    /// Whether what is known of pages that are needed for something else is noted in `evicted`.
+    pub notes_evicted: bool,
+    /// Pages that still hold what was known of them until something else is computed into them.
+    evicted: Vec<(u32, u64, Content)>,
 }
 
 impl PagePool {
@@ -142,6 +247,8 @@ impl PagePool {
             known: Map::default(),
             number: ROOT,
             clock: 0,
+            notes_evicted: false,
+            evicted: Vec::new(),
         }
     }
 
@@ -170,7 +277,11 @@ impl PagePool {
             Some(page) => page,
             None => {
                 let (_, page) = self.idle.pop_first()?;
-                self.unlist(page);
+                if let Some((number, content)) = self.unlist(page)
+                    && self.notes_evicted
+                {
+                    self.evicted.push((page, number, content));
+                }
                 page
             }
         };
@@ -222,7 +333,15 @@ impl PagePool {
 
     /// Tells what a full page of the caller's holds. Where another page holds the same already, the caller gets that one
     /// in its place. Gives the number of the content.
-    pub fn register(&mut self, page: &mut u32, before: u64, tokens: &[u32]) -> u64 {
+    ///
+    /// `spill` knows the numbers of contents that are elsewhere.
+    pub fn register(
+        &mut self,
+        page: &mut u32,
+        before: u64,
+        tokens: &[u32],
+        spill: Option<(&Spill, PageKind)>,
+    ) -> u64 {
         if let Some((other, number)) = self.find(before, tokens) {
             if other != *page {
                 self.hold(other);
@@ -231,11 +350,17 @@ impl PagePool {
             }
             return number;
         }
-        self.number += 1;
         let content = Content { before, tokens: tokens.into() };
-        self.known.insert(content.clone(), *page);
-        self.pages[*page as usize].known = Some((self.number, content));
-        self.number
+        let known = spill.and_then(|(spill, kind)| spill.find(kind, &content));
+        let number = known.map_or_else(
+            || {
+                self.number += 1;
+                self.number
+            },
+            |(_, number)| number,
+        );
+        self.put_back(*page, number, content);
+        number
     }
 
     /// Forgets what a page holds, since it may no longer hold it.
@@ -250,10 +375,16 @@ impl PagePool {
         }
     }
 
-    fn unlist(&mut self, page: u32) {
-        if let Some((_, content)) = self.pages[page as usize].known.take() {
-            self.known.remove(&content);
-        }
+    fn unlist(&mut self, page: u32) -> Option<(u64, Content)> {
+        let known = self.pages[page as usize].known.take()?;
+        self.known.remove(&known.1);
+        Some(known)
+    }
+
+    /// Has a page of the caller's hold a content that was known before.
+    fn put_back(&mut self, page: u32, number: u64, content: Content) {
+        self.known.insert(content.clone(), page);
+        self.pages[page as usize].known = Some((number, content));
     }
 }
 
@@ -266,8 +397,8 @@ mod tests {
         let mut pool = PagePool::new(2, 3);
         let mut first = pool.allocate().unwrap();
         let mut second = pool.allocate().unwrap();
-        let one = pool.register(&mut first, ROOT, &[1, 2]);
-        let two = pool.register(&mut second, one, &[3, 4]);
+        let one = pool.register(&mut first, ROOT, &[1, 2], None);
+        let two = pool.register(&mut second, one, &[3, 4], None);
         assert_ne!(one, two);
         assert_eq!(pool.find(ROOT, &[3, 4]), None, "the same tokens elsewhere are something else");
         pool.release(&mut vec![first, second]);
@@ -289,8 +420,8 @@ mod tests {
     fn equal_pages_become_one() {
         let mut pool = PagePool::new(1, 4);
         let (mut a, mut b) = (pool.allocate().unwrap(), pool.allocate().unwrap());
-        let number = pool.register(&mut a, ROOT, &[9]);
-        assert_eq!(pool.register(&mut b, ROOT, &[9]), number);
+        let number = pool.register(&mut a, ROOT, &[9], None);
+        assert_eq!(pool.register(&mut b, ROOT, &[9], None), number);
         assert_eq!(a, b);
         assert_eq!(pool.held(), 1);
         pool.release(&mut vec![a]);

@@ -20,7 +20,10 @@ pub struct GenerationRequest {
     pub constraint: Option<Grammar>,
     /// Tells each token's log-probability and so many of the likeliest alternatives.
     pub logprobs: Option<usize>,
-    /// Goes on behind tokens that end generation.
+    /// Tells each token of the prompt with its log-probability behind those before it, and so many of the likeliest
+    /// tokens in its place. The cache is not asked then, and logits are computed of all of the prompt.
+    pub prompt_logprobs: Option<usize>,
+    /// Goes on behind tokens that end generation; the end of what a constraint describes still ends the answer.
     pub ignore_end: bool,
     /// Most tokens drafted per step; what the scheduler allows when not given.
     pub draft_len_max: Option<usize>,
@@ -31,6 +34,9 @@ pub struct GenerationRequest {
 #[derive(Debug, Clone, PartialEq)]
 #[non_exhaustive]
 pub enum Event {
+    /// The tokens of the prompt, if their log-probabilities were asked for; comes before the answer. Of the first one
+    /// there is none.
+    Prompt(Vec<GeneratedToken>),
     /// A token of the answer.
     Token(GeneratedToken),
     /// The embedding that was asked for.
@@ -39,12 +45,13 @@ pub enum Event {
     Done(Box<Done>),
 }
 
-/// A token of the answer; tokens that end generation are not told.
+/// A token of the answer, or of the prompt; tokens that end generation are not told.
 #[derive(Debug, Clone, PartialEq)]
 pub struct GeneratedToken {
     /// The token.
     pub id: u32,
-    /// The text that is certain with it; empty while a character is unfinished or a stop string may have begun.
+    /// The text that is certain with it; empty for tokens of the prompt, while a character is unfinished and while a
+    /// stop string may have begun.
     pub text: String,
     /// The log-probability that the model gave it, if asked for.
     pub log_probability: Option<f32>,

@@ -7,12 +7,12 @@ use lightering_units::Seconds;
 use super::channel::EventSender;
 use super::inbox::{Job, Waiting};
 use super::lookup;
-use super::pages::{Found, NO_PAGE, Pools, ROOT};
+use super::pages::{Found, NO_PAGE, Place, Pools, ROOT};
 use super::request::{Done, Event, FinishReason, GeneratedToken, Timings, Usage};
 use super::stops::StopMatcher;
 use crate::{
-    Constraint, Result, Sampler, StreamDecoder, TokenLogProbability, Tokenizer, log_probability,
-    top_log_probabilities,
+    Constraint, PageKind, Result, Sampler, StreamDecoder, TokenLogProbability, TokenModel, Tokenizer,
+    log_probability, top_log_probabilities,
 };
 
 /// A task with its place in the cache.
@@ -59,23 +59,46 @@ impl<'t> Sequence<'t> {
         if self.task.is_embedding() {
             return Found::default();
         }
-        // The last token has to be computed, since its logits are wanted.
-        pools.find_prefix(&self.task.tokens[..self.task.tokens.len() - 1])
+        pools.find_prefix(&self.task.tokens[..self.task.usable_from_cache()])
     }
 
-    /// Begins with pages that were found.
-    pub fn take_prefix(&mut self, found: Found, pools: &mut Pools) {
+    /// Begins with what was found, bringing back what is in the spill. When that fails, it begins with nothing.
+    pub fn take_prefix(&mut self, found: Found, pools: &mut Pools, model: &mut dyn TokenModel) {
         debug_assert!(self.pages.is_empty() && self.window_pages.is_empty() && self.computed == 0);
+        let places = || {
+            let shared = found.pages.iter().map(|(place, _)| (PageKind::Shared, *place));
+            shared.chain(found.window_pages.iter().map(|place| (PageKind::Window, *place)))
+        };
+        // What is there is held first, so that no page for the rest is taken from it.
+        for (kind, place) in places() {
+            match place {
+                Place::Page(page) => pools.hold(kind, page),
+                Place::Slot(slot, _) => pools.touch(slot),
+                Place::Gone => {}
+            }
+        }
+        let mut failed = false;
+        for (kind, place) in places() {
+            let page = match place {
+                Place::Gone => NO_PAGE,
+                Place::Page(page) => page,
+                Place::Slot(..) if failed => NO_PAGE,
+                Place::Slot(slot, number) => pools.restore(model, kind, slot, number).unwrap_or_else(|| {
+                    failed = true;
+                    NO_PAGE
+                }),
+            };
+            match kind {
+                PageKind::Shared => self.pages.push(page),
+                PageKind::Window => self.window_pages.push(page),
+            }
+        }
+        if failed {
+            self.release(pools);
+            return;
+        }
+        self.numbers.extend(found.pages.iter().map(|(_, number)| *number));
         self.computed = found.pages.len() * pools.page_len();
-        for (page, number) in found.pages {
-            pools.all.hold(page);
-            self.pages.push(page);
-            self.numbers.push(number);
-        }
-        if let Some(windows) = &mut pools.windows {
-            found.window_pages.iter().filter(|page| **page != NO_PAGE).for_each(|p| windows.pool.hold(*p));
-            self.window_pages = found.window_pages;
-        }
     }
 
     /// Gets free pages for `positions` positions, as far as there are any, and says whether they are enough.
@@ -125,12 +148,10 @@ impl<'t> Sequence<'t> {
             let index = self.numbers.len();
             let before = self.numbers.last().copied().unwrap_or(ROOT);
             let tokens = &self.task.tokens[index * page_len..(index + 1) * page_len];
-            let number = pools.all.register(&mut self.pages[index], before, tokens);
+            let number = pools.register(PageKind::Shared, &mut self.pages[index], before, tokens);
             self.numbers.push(number);
-            if let Some(windows) = &mut pools.windows
-                && self.window_pages[index] != NO_PAGE
-            {
-                windows.pool.register(&mut self.window_pages[index], number, &[]);
+            if let Some(page) = self.window_pages.get_mut(index).filter(|page| **page != NO_PAGE) {
+                pools.register(PageKind::Window, page, number, &[]);
             }
         }
     }
@@ -198,6 +219,9 @@ struct Generation<'t> {
     decoder: StreamDecoder<'t>,
     stops: StopMatcher,
     logprobs: Option<usize>,
+    prompt_logprobs: Option<usize>,
+    /// The tokens of the prompt behind the first whose log-probabilities are known.
+    prompt: Vec<GeneratedToken>,
     ignore_end: bool,
     top: Vec<TokenLogProbability>,
     drafts_max: usize,
@@ -240,6 +264,8 @@ impl<'t> Task<'t> {
                     decoder: StreamDecoder::continuing(tokenizer),
                     stops: StopMatcher::new(request.stop),
                     logprobs: request.logprobs,
+                    prompt_logprobs: request.prompt_logprobs,
+                    prompt: Vec::new(),
                     ignore_end: request.ignore_end,
                     top: Vec::new(),
                     drafts_max,
@@ -303,6 +329,52 @@ impl<'t> Task<'t> {
         self.preemptions += 1;
     }
 
+    /// How many tokens of the prompt, the first apart, are not told yet.
+    fn prompt_left(&self) -> usize {
+        match &self.kind {
+            Kind::Generation(g) if g.prompt_logprobs.is_some() => {
+                (self.prompt_len - 1).saturating_sub(g.prompt.len())
+            }
+            _ => 0,
+        }
+    }
+
+    /// Whether the logits of all rows are wanted, for the log-probabilities of the prompt.
+    pub fn wants_prompt(&self) -> bool {
+        self.prompt_left() > 0
+    }
+
+    /// How many of the first tokens need not be computed if they are in the cache.
+    pub fn usable_from_cache(&self) -> usize {
+        match self.prompt_left() {
+            // The last token has to be computed, since its logits are wanted.
+            0 => self.tokens.len() - 1,
+            left => self.prompt_len - 1 - left,
+        }
+    }
+
+    /// Takes the log-probability of the token of the prompt behind `position`, if it is the next that is to be told.
+    pub fn note_prompt(&mut self, position: usize, logits: &[f32]) {
+        let left = self.prompt_left();
+        if self.finish.is_some() || left == 0 || position != self.prompt_len - 1 - left {
+            return;
+        }
+        let id = self.tokens[position + 1];
+        let Kind::Generation(generation) = &mut self.kind else { return };
+        let mut top = Vec::new();
+        let count = generation.prompt_logprobs.unwrap_or(0);
+        let known = top_log_probabilities(logits, count, &mut top).and_then(|()| log_probability(logits, id));
+        match known {
+            Ok(probability) => generation.prompt.push(GeneratedToken {
+                id,
+                text: String::new(),
+                log_probability: Some(probability),
+                top,
+            }),
+            Err(error) => self.finish = Some(FinishReason::Error(error.to_string())),
+        }
+    }
+
     /// The tokens that may follow the last one, `rows` at most.
     pub fn draft(&mut self, rows: usize) -> Vec<u32> {
         let Kind::Generation(generation) = &self.kind else { return Vec::new() };
@@ -364,6 +436,16 @@ impl<'t> Task<'t> {
         if let Some(constraint) = &mut generation.constraint {
             constraint.accept(token)?;
         }
+        if generation.prompt_logprobs.take().is_some() {
+            let first = GeneratedToken {
+                id: self.tokens[0],
+                text: String::new(),
+                log_probability: None,
+                top: Vec::new(),
+            };
+            let rest = std::mem::take(&mut generation.prompt);
+            self.sender.send(Event::Prompt(std::iter::once(first).chain(rest).collect()));
+        }
         let probability = original.map(|logits| log_probability(&logits, token)).transpose()?;
         self.tokens.push(token);
         let now = Instant::now();
@@ -378,7 +460,9 @@ impl<'t> Task<'t> {
                 TokenTime::Next(time)
             }
         };
-        if generation.tokenizer.is_end(token) && !generation.ignore_end {
+        // Nothing may follow the end of what a constraint describes.
+        let ends = !generation.ignore_end || generation.constraint.is_some();
+        if generation.tokenizer.is_end(token) && ends {
             self.finish = Some(FinishReason::Stop);
             return Ok(time);
         }

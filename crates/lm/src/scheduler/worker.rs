@@ -9,6 +9,7 @@ use super::inbox::Inbox;
 use super::pages::{NO_PAGE, Pools};
 use super::request::FinishReason;
 use super::sequence::{Sequence, Task, TokenTime};
+use super::spill::Spill;
 use crate::{Result, Row, StepReport, TokenModel, Tokenizer};
 
 /// How often the model is asked what it can tell of itself.
@@ -29,9 +30,16 @@ pub(super) fn run(
     options: SchedulerOptions,
     inbox: Arc<Inbox>,
     telemetry: Arc<Telemetry>,
+    spill: Option<Spill>,
 ) {
     let _end = End(Arc::clone(&inbox));
-    let pools = Pools::new(model.page_len(), model.page_count(), model.window());
+    let mut options = options;
+    let mut pools = Pools::new(model.page_len(), model.page_count(), model.window());
+    if let Some(spill) = spill {
+        // What is written is what is known to be in pages.
+        options.prefix_reuse = true;
+        pools.set_spill(spill);
+    }
     let mut worker = Worker {
         model,
         tokenizer,
@@ -76,6 +84,8 @@ struct Share {
     drafts: Vec<u32>,
     /// The logits of the last row, and of drafts, are wanted.
     wanted: bool,
+    /// Those of all rows are.
+    all_wanted: bool,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -186,6 +196,7 @@ impl<'t> Worker<'t> {
     /// Lets sequences run while there are places and pages: first those whose pages were taken, then new ones.
     fn admit(&mut self) {
         let mut unwanted = Vec::new();
+        self.pools.flush(&*self.model);
         loop {
             let candidate = match self.parked.iter().position(|s| s.task.room() > 0) {
                 Some(index) => index,
@@ -222,7 +233,7 @@ impl<'t> Worker<'t> {
             let Some(found) = found else { break };
             let index = self.parked.iter().position(|s| s.order == order).expect("the candidate is parked");
             let mut sequence = self.parked.remove(index);
-            sequence.take_prefix(found, &mut self.pools);
+            sequence.take_prefix(found, &mut self.pools, &mut *self.model);
             if sequence.task.start(sequence.computed) && !sequence.task.is_embedding() {
                 self.gathered.prefix_lookup_tokens += sequence.task.tokens.len() as u64;
                 self.gathered.prefix_hit_tokens += sequence.computed as u64;
@@ -301,6 +312,10 @@ impl<'t> Worker<'t> {
             }
             let pending = self.running[index].pending();
             let mut count = pending.min(prompt_rows);
+            let all_wanted = self.running[index].task.wants_prompt();
+            if all_wanted {
+                count = count.min(wanted_max - wanted);
+            }
             if count == pending && wanted >= wanted_max {
                 count -= 1;
             }
@@ -310,8 +325,9 @@ impl<'t> Worker<'t> {
             let count = self.reserve(index, count, &mut shares);
             if count > 0 {
                 let last = count == pending;
-                shares[index] = Share { rows: count, drafts: Vec::new(), wanted: last };
-                (rows, wanted, prompt_rows) = (rows + count, wanted + usize::from(last), prompt_rows - count);
+                shares[index] = Share { rows: count, drafts: Vec::new(), wanted: last, all_wanted };
+                wanted += if all_wanted { count } else { usize::from(last) };
+                (rows, prompt_rows) = (rows + count, prompt_rows - count);
             }
         }
         // What prompts could not use, for want of pages, goes to sequences that had to stand back.
@@ -329,7 +345,7 @@ impl<'t> Worker<'t> {
         if self.running[index].evicted || self.reserve(index, 1, shares) == 0 {
             return false;
         }
-        shares[index] = Share { rows: 1, drafts: Vec::new(), wanted: true };
+        shares[index] = Share { rows: 1, wanted: true, ..Share::default() };
         true
     }
 
@@ -356,7 +372,7 @@ impl<'t> Worker<'t> {
     /// Shares of a step that computes embeddings, of which every row is wanted.
     fn pack_embedding(&mut self) -> Vec<Share> {
         let mut shares: Vec<Share> = self.running.iter().map(|_| Share::default()).collect();
-        let mut left = self.model.rows_max().min(self.model.wanted_rows_max());
+        let mut left = self.model.rows_max();
         for index in 0..self.running.len() {
             let sequence = &self.running[index];
             if !sequence.task.is_embedding()
@@ -369,7 +385,7 @@ impl<'t> Worker<'t> {
             let count = sequence.pending().min(left);
             let count = self.reserve(index, count, &mut shares);
             if count > 0 {
-                shares[index] = Share { rows: count, drafts: Vec::new(), wanted: true };
+                shares[index] = Share { rows: count, wanted: true, ..Share::default() };
                 left -= count;
             }
         }
@@ -406,6 +422,7 @@ impl<'t> Worker<'t> {
 
     /// Runs the model on the shares.
     fn compute(&mut self, purpose: Purpose, shares: &[Share]) -> Result<StepReport> {
+        self.pools.flush(&*self.model);
         let mut rows: Vec<Row<'_>> = Vec::new();
         let mut owners: Vec<usize> = Vec::new();
         let mut tasks: Vec<&mut Task<'t>> = Vec::new();
@@ -414,7 +431,8 @@ impl<'t> Worker<'t> {
             let Sequence { task, pages, window_pages, computed, .. } = sequence;
             let known = &task.tokens[*computed..*computed + share.rows];
             for (offset, token) in known.iter().chain(&share.drafts).enumerate() {
-                let wants_logits = purpose == Purpose::Embed || (share.wanted && offset + 1 >= share.rows);
+                let asked = share.all_wanted || (share.wanted && offset + 1 >= share.rows);
+                let wants_logits = purpose == Purpose::Embed || asked;
                 let position = u32::try_from(*computed + offset).expect("a context is shorter than 2^32");
                 rows.push(Row { token: *token, position, pages, window_pages, wants_logits });
                 owners.push(tasks.len());
@@ -425,6 +443,7 @@ impl<'t> Worker<'t> {
         match purpose {
             Purpose::Generate => model.step(&rows, &mut |row, logits| {
                 let Row { token, position, .. } = rows[row];
+                tasks[owners[row]].note_prompt(position as usize, logits);
                 match tasks[owners[row]].accept(position as usize, token, logits) {
                     Some(TokenTime::First(time)) => gathered.first_token.add(time),
                     Some(TokenTime::Next(time)) => gathered.inter_token.add(time),
@@ -515,6 +534,10 @@ impl<'t> Worker<'t> {
         if self.status_at.is_none_or(|at| now.duration_since(at) >= STATUS_INTERVAL) {
             self.status_at = Some(now);
             self.telemetry.set_model_status(self.model.status());
+        }
+        if let Some(spill) = &mut self.pools.spill {
+            self.gathered.pages_spilled += std::mem::take(&mut spill.pages_out);
+            self.gathered.pages_restored += std::mem::take(&mut spill.pages_in);
         }
         let gathered = std::mem::take(&mut self.gathered);
         self.telemetry.set_now(|state| {

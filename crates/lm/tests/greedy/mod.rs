@@ -22,7 +22,13 @@ pub fn model(
     experts: &ExpertOptions,
 ) -> LanguageModel {
     let file = GgufFile::read(&*source).unwrap();
-    let cache = CacheOptions { format: CacheFormat::F32, page_len: PAGE, pages: context / PAGE, window_pages: 0, context };
+    let cache = CacheOptions {
+        format: CacheFormat::F32,
+        page_len: PAGE,
+        pages: context / PAGE,
+        window_pages: 0,
+        context,
+    };
     let decoder = Decoder::new(&file, source, DecoderOptions { cache, rows, wanted: 1 }).unwrap();
     let options = PlanOptions { budget, ..PlanOptions::new(MachineProfile::conservative(), threads) };
     decoder.start(&options, experts, false).unwrap()
@@ -49,9 +55,7 @@ pub fn greedy(model: &mut LanguageModel, prompt: &[u32], count: usize) -> Greedy
     let (mut at, mut first, mut last) = (0, Vec::new(), Vec::new());
     while tokens.len() < prompt.len() + count {
         let end = tokens.len().min(at + model.rows_max());
-        let rows: Vec<Row<'_>> = (at..end)
-            .map(|i| sole.row(tokens[i], i, i + 1 == tokens.len()))
-            .collect();
+        let rows: Vec<Row<'_>> = (at..end).map(|i| sole.row(tokens[i], i, i + 1 == tokens.len())).collect();
         let mut best = None;
         model
             .step(&rows, &mut |_, logits| {

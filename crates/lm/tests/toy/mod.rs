@@ -5,7 +5,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
 
-use lightering_lm::{Error, ModelStatus, Result, Row, StepReport, TokenModel, Tokenizer, VocabularyData, WindowCache};
+use lightering_lm::{
+    Error, ModelStatus, PageKind, Result, Row, StepReport, TokenModel, Tokenizer, VocabularyData, WindowCache,
+};
 use lightering_units::{Bytes, Seconds};
 
 /// What was written at one position of a page.
@@ -50,6 +52,7 @@ pub struct Toy {
 }
 
 pub const EMBEDDING_LEN: usize = 8;
+const CELL_BYTES: usize = 16;
 
 fn mix(a: u64, b: u64) -> u64 {
     let mut z = (a ^ b.wrapping_mul(0x9e37_79b9_7f4a_7c15)).wrapping_add(0x9e37_79b9_7f4a_7c15);
@@ -133,10 +136,15 @@ impl Toy {
         Ok(last[from..].iter().fold(7, |hash, token| mix(hash, u64::from(*token))))
     }
 
-    fn run(&mut self, rows: &[Row<'_>], give: &mut dyn FnMut(&Toy, usize, u64)) -> Result<StepReport> {
+    fn run(
+        &mut self,
+        rows: &[Row<'_>],
+        wanted_max: usize,
+        give: &mut dyn FnMut(&Toy, usize, u64),
+    ) -> Result<StepReport> {
         let wanted = rows.iter().filter(|row| row.wants_logits).count();
         assert!(!rows.is_empty() && rows.len() <= self.rows_max, "{} rows", rows.len());
-        assert!(wanted <= self.wanted_rows_max, "{wanted} wanted rows");
+        assert!(wanted <= wanted_max, "{wanted} wanted rows");
         let controls = Arc::clone(&self.controls);
         controls.steps.fetch_add(1, Ordering::Relaxed);
         controls.rows_seen.fetch_max(rows.len(), Ordering::Relaxed);
@@ -153,7 +161,9 @@ impl Toy {
                 for position in 0..=row.position as usize {
                     let at = self.cell(row, position)?;
                     self.cells[at] = None;
-                    if let Some(window) = self.window.filter(|w| position >= w.first_seen(row.position as usize)) {
+                    if let Some(window) =
+                        self.window.filter(|w| position >= w.first_seen(row.position as usize))
+                    {
                         let at = self.cell_in(row.window_pages, window.pages, position)?;
                         self.window_cells[at] = None;
                     }
@@ -206,8 +216,37 @@ impl TokenModel for Toy {
         self.window
     }
 
+    fn page_bytes(&self, _: PageKind) -> usize {
+        self.page_len * CELL_BYTES
+    }
+
+    fn read_page(&self, kind: PageKind, page: u32, bytes: &mut [u8]) -> Result<()> {
+        let cells = if kind == PageKind::Window { &self.window_cells } else { &self.cells };
+        let cells = &cells[page as usize * self.page_len..][..self.page_len];
+        for (cell, bytes) in cells.iter().zip(bytes.chunks_exact_mut(CELL_BYTES)) {
+            let cell = cell.ok_or_else(|| Toy::wrong("a page that is copied was never written".into()))?;
+            bytes[..4].copy_from_slice(&cell.token.to_le_bytes());
+            bytes[4..8].copy_from_slice(&cell.position.to_le_bytes());
+            bytes[8..].copy_from_slice(&cell.chain.to_le_bytes());
+        }
+        Ok(())
+    }
+
+    fn write_page(&mut self, kind: PageKind, page: u32, bytes: &[u8]) -> Result<()> {
+        let cells = if kind == PageKind::Window { &mut self.window_cells } else { &mut self.cells };
+        let cells = &mut cells[page as usize * self.page_len..][..self.page_len];
+        for (cell, bytes) in cells.iter_mut().zip(bytes.chunks_exact(CELL_BYTES)) {
+            *cell = Some(Cell {
+                token: u32::from_le_bytes(bytes[..4].try_into().unwrap()),
+                position: u32::from_le_bytes(bytes[4..8].try_into().unwrap()),
+                chain: u64::from_le_bytes(bytes[8..].try_into().unwrap()),
+            });
+        }
+        Ok(())
+    }
+
     fn step(&mut self, rows: &[Row<'_>], logits: &mut dyn FnMut(usize, &mut [f32])) -> Result<StepReport> {
-        self.run(rows, &mut |toy, index, hash| {
+        self.run(rows, self.wanted_rows_max, &mut |toy, index, hash| {
             let mut values: Vec<f32> = (0..toy.vocabulary_len as u64)
                 .map(|v| (mix(hash, v) >> 40) as f32 / (1 << 21) as f32)
                 .collect();
@@ -216,7 +255,7 @@ impl TokenModel for Toy {
     }
 
     fn embed(&mut self, rows: &[Row<'_>], hidden: &mut dyn FnMut(usize, &[f32])) -> Result<StepReport> {
-        self.run(rows, &mut |_, index, hash| {
+        self.run(rows, self.rows_max, &mut |_, index, hash| {
             let values: Vec<f32> = (0..EMBEDDING_LEN as u64)
                 .map(|v| (mix(hash, v + 1000) >> 40) as f32 / (1 << 23) as f32 - 1.0)
                 .collect();
