@@ -3,10 +3,11 @@
 use std::collections::BTreeMap;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use lightering_lm::{Conversation, Events, GenerationRequest, Json, MAX_LOGPROBS, Message};
+use lightering_lm::{Conversation, GenerationRequest, Json, MAX_LOGPROBS, Message};
 use serde::Deserialize;
 
-use crate::answer::{Flavour, Head};
+use crate::answer::{Choice, Flavour, Head};
+use crate::completions::submit;
 use crate::fields::{Fields, shortened};
 use crate::refusal::Refusal;
 use crate::state::Shared;
@@ -61,8 +62,25 @@ fn message(index: usize, wire: WireMessage) -> Result<Message, Refusal> {
     Ok(Message { role: wire.role, content, fields: wire.fields })
 }
 
+/// The names of the tools that a client offers.
+fn tool_names(tools: &Json) -> Vec<String> {
+    #[derive(Deserialize)]
+    struct Tool {
+        function: Option<Function>,
+    }
+    #[derive(Deserialize)]
+    struct Function {
+        name: String,
+    }
+    // Templates take tools of any form; those of another one cannot be called.
+    let tools = serde_json::to_value(tools).unwrap_or_default();
+    let tools = tools.as_array().cloned().unwrap_or_default();
+    let tools = tools.into_iter().filter_map(|tool| serde_json::from_value::<Tool>(tool).ok());
+    tools.filter_map(|tool| Some(tool.function?.name)).collect()
+}
+
 /// Understands a request and submits it.
-pub(crate) fn prepare(shared: &Shared, body: &[u8]) -> Result<(Events, Head), Refusal> {
+pub(crate) fn prepare(shared: &Shared, body: &[u8]) -> Result<(Vec<Choice>, Head), Refusal> {
     let mut fields = Fields::parse(body)?;
     fields.model(&shared.options.model_id)?;
     let options = fields.answer_options()?;
@@ -130,10 +148,15 @@ pub(crate) fn prepare(shared: &Shared, body: &[u8]) -> Result<(Events, Head), Re
         stop: options.stop,
         constraint: options.constraint,
         logprobs: wants_logprobs.then(|| top.unwrap_or(0)),
+        prompt_logprobs: None,
         ignore_end: options.ignore_end,
         draft_len_max: None,
     };
-    let events = shared.scheduler.generate(request).map_err(|error| Refusal::from_lm(&error, None))?;
+    let names = tools.as_ref().map(tool_names);
+    let choices = submit(shared, &request, options.answers, 0)?
+        .into_iter()
+        .map(|choice| choice.with_tools(names.clone()))
+        .collect();
     let head = Head::new(shared, Flavour::Chat, options.stream, options.include_usage, wants_logprobs);
-    Ok((events, head))
+    Ok((choices, head))
 }

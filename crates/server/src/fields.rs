@@ -65,7 +65,12 @@ pub(crate) struct AnswerOptions {
     pub include_usage: bool,
     pub constraint: Option<Grammar>,
     pub ignore_end: bool,
+    /// How many answers are wanted of each prompt.
+    pub answers: usize,
 }
+
+/// Most answers to one prompt.
+const ANSWERS_MAX: usize = 8;
 
 impl<'b> Fields<'b> {
     pub fn parse(body: &'b [u8]) -> Result<Fields<'b>, Refusal> {
@@ -119,7 +124,11 @@ impl<'b> Fields<'b> {
 
     /// Takes what requests for answers have in common.
     pub fn answer_options(&mut self) -> Result<AnswerOptions, Refusal> {
-        self.refuse("n", &["1"])?;
+        let answers: usize = self.take("n", "a whole number of at least 1")?.unwrap_or(1);
+        if !(1..=ANSWERS_MAX).contains(&answers) {
+            let message = format!("`n` is {answers}; expected 1 to {ANSWERS_MAX}");
+            return Err(Refusal::field("n", message));
+        }
         let mut sampler = SamplerOptions { seed: random(), ..SamplerOptions::default() };
         let mut number = |name: &str, value: &mut f32| -> Result<(), Refusal> {
             if let Some(given) = self.take(name, "a number")? {
@@ -172,6 +181,7 @@ impl<'b> Fields<'b> {
             stream,
             include_usage: stream_options.is_some_and(|options| options.include_usage),
             constraint: format.map(grammar).transpose()?.flatten(),
+            answers,
             ignore_end: self.take("ignore_eos", "true or false")?.unwrap_or(false),
         })
     }

@@ -40,6 +40,7 @@ mod options;
 mod refusal;
 mod routes;
 mod state;
+mod tools;
 
 pub use error::{Error, Result};
 pub use options::{MemoryProbe, ServerOptions};

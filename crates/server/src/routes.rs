@@ -11,12 +11,11 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use bytes::{Bytes, BytesMut};
 use http_body_util::BodyExt;
-use lightering_lm::Events;
 use serde_json::json;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::{Instant, timeout_at};
 
-use crate::answer::{self, Head};
+use crate::answer::{self, Choice, Head};
 use crate::refusal::{Refusal, json_response};
 use crate::state::{BODY_UNIT, Shared};
 use crate::{chat, completions, dashboard, embeddings, metrics};
@@ -130,10 +129,10 @@ async fn post_completion(State(shared): State<Arc<Shared>>, request: Request) ->
 async fn post_answer(
     shared: Arc<Shared>,
     request: Request,
-    prepare: fn(&Shared, &[u8]) -> Result<(Events, Head), Refusal>,
+    prepare: fn(&Shared, &[u8]) -> Result<(Vec<Choice>, Head), Refusal>,
 ) -> Result<Response, Refusal> {
-    let (events, head) = prepared(&shared, request, prepare).await?;
-    if head.stream { Ok(answer::streamed(events, head)) } else { answer::whole(events, head).await }
+    let (choices, head) = prepared(&shared, request, prepare).await?;
+    if head.stream { Ok(answer::streamed(choices, head)) } else { answer::whole(choices, head).await }
 }
 
 async fn post_embeddings(State(shared): State<Arc<Shared>>, request: Request) -> Response {

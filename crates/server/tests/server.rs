@@ -162,6 +162,158 @@ fn completions_take_text_and_tokens_and_stop_where_told() {
 }
 
 #[test]
+fn several_prompts_get_several_answers_each_with_its_own_seed() {
+    let server = plain();
+    let body = |prompt: Value, change: Value| {
+        let mut body =
+            json!({"prompt": prompt, "max_tokens": 12, "seed": 3, "temperature": 1, "ignore_eos": true});
+        for (name, value) in change.as_object().unwrap() {
+            body[name] = value.clone();
+        }
+        body
+    };
+    let one = |prompt: &str, seed: u64| {
+        let answer = server.post("/v1/completions", &body(json!(prompt), json!({"seed": seed}))).ok();
+        answer["choices"][0]["text"].as_str().unwrap().to_owned()
+    };
+    let expected: Vec<String> =
+        ["abc", "xy"].iter().flat_map(|prompt| [one(prompt, 3), one(prompt, 4)]).collect();
+    let both = json!(["abc", "xy"]);
+    let answer = server.post("/v1/completions", &body(both.clone(), json!({"n": 2, "best_of": 2}))).ok();
+    let choices = answer["choices"].as_array().unwrap();
+    let indices: Vec<u64> = choices.iter().map(|c| c["index"].as_u64().unwrap()).collect();
+    assert_eq!(indices, [0, 1, 2, 3]);
+    let texts: Vec<&str> = choices.iter().map(|c| c["text"].as_str().unwrap()).collect();
+    assert_eq!(texts, expected);
+    assert_eq!(answer["usage"]["prompt_tokens"], 5, "each prompt counts once");
+    assert_eq!(answer["usage"]["completion_tokens"], 48);
+    let change = json!({"n": 2, "stream": true, "stream_options": {"include_usage": true}});
+    let events = server.post("/v1/completions", &body(both, change)).events();
+    assert_eq!(events.iter().filter(|event| *event == "[DONE]").count(), 1);
+    let (mut texts, mut ends) = (vec![String::new(); 4], 0);
+    for event in &events[..events.len() - 1] {
+        let event: Value = serde_json::from_str(event).unwrap();
+        match event["choices"].get(0) {
+            Some(choice) => {
+                texts[choice["index"].as_u64().unwrap() as usize] += choice["text"].as_str().unwrap();
+                ends += u32::from(choice["finish_reason"] == "length");
+            }
+            None => assert_eq!(event["usage"]["completion_tokens"], 48),
+        }
+    }
+    assert_eq!((texts, ends), (expected, 4));
+    let answer =
+        server.post("/v1/chat/completions", &chat(json!({"n": 3, "temperature": 1, "seed": 1}))).ok();
+    let texts: Vec<&Value> =
+        answer["choices"].as_array().unwrap().iter().map(|c| &c["message"]["content"]).collect();
+    assert_eq!(texts.len(), 3);
+    assert!(texts[0] != texts[1] && texts[1] != texts[2], "{texts:?}");
+}
+
+#[test]
+fn prompts_are_echoed_with_their_log_probabilities() {
+    let server = plain();
+    let body = |change: Value| {
+        let mut body =
+            json!({"prompt": "abcde", "max_tokens": 4, "temperature": 0, "ignore_eos": true, "echo": true});
+        for (name, value) in change.as_object().unwrap() {
+            body[name] = value.clone();
+        }
+        body
+    };
+    let post = |change| server.post("/v1/completions", &body(change)).ok()["choices"][0].clone();
+    let answer = post(json!({"echo": false}))["text"].as_str().unwrap().to_owned();
+    assert_eq!(post(json!({}))["text"], format!("abcde{answer}"));
+    let whole = post(json!({"logprobs": 2}));
+    let logprobs = &whole["logprobs"];
+    assert_eq!(logprobs["tokens"].as_array().unwrap().len(), 9);
+    assert_eq!(logprobs["text_offset"].as_array().unwrap()[..6], [0, 1, 2, 3, 4, 5].map(Value::from));
+    assert_eq!((&logprobs["token_logprobs"][0], &logprobs["top_logprobs"][0]), (&Value::Null, &Value::Null));
+    assert!(logprobs["token_logprobs"].as_array().unwrap()[1..].iter().all(|p| p.as_f64().unwrap() <= 0.0));
+    // Scoring alone: what the answer would be scored as a prompt.
+    let scored = post(json!({"prompt": whole["text"], "max_tokens": 0, "logprobs": 2}));
+    assert_eq!((&scored["text"], &scored["finish_reason"]), (&whole["text"], &json!("length")));
+    // The last token of the answer is only a part of a character, and spelled otherwise in the text.
+    for field in ["token_logprobs", "tokens"] {
+        assert_eq!(
+            scored["logprobs"][field].as_array().unwrap()[..8],
+            logprobs[field].as_array().unwrap()[..8]
+        );
+    }
+    let ids: Vec<u32> = toy::tokenizer().encode("abcde", false, false).unwrap();
+    assert_eq!(post(json!({"prompt": ids, "logprobs": 2})), whole);
+    let events = server.post("/v1/completions", &body(json!({"logprobs": 2, "stream": true}))).events();
+    let (mut text, mut told) = (String::new(), Vec::new());
+    for event in &events[..events.len() - 1] {
+        let event: Value = serde_json::from_str(event).unwrap();
+        text += event["choices"][0]["text"].as_str().unwrap();
+        told.extend(
+            event["choices"][0]["logprobs"]["token_logprobs"].as_array().cloned().unwrap_or_default(),
+        );
+    }
+    assert_eq!(Value::from(text), whole["text"]);
+    assert_eq!(Value::from(told), logprobs["token_logprobs"]);
+}
+
+#[test]
+fn calls_of_tools_are_told_as_such() {
+    let server = plain();
+    let tools =
+        json!([{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}]);
+    let schema = json!({
+        "type": "object",
+        "properties": {
+            "name": {"const": "weather"},
+            "arguments": {
+                "type": "object",
+                "properties": {"warm": {"type": "boolean"}},
+                "required": ["warm"],
+                "additionalProperties": false,
+            },
+        },
+        "required": ["name", "arguments"],
+        "additionalProperties": false,
+    });
+    let format = json!({"type": "json_schema", "json_schema": {"name": "n", "schema": schema}});
+    let body = |change: Value| {
+        let mut body = chat(json!({"response_format": format, "max_tokens": 200, "tools": tools, "seed": 1}));
+        for (name, value) in change.as_object().unwrap() {
+            body[name] = value.clone();
+        }
+        body
+    };
+    let choice = |change| server.post("/v1/chat/completions", &body(change)).ok()["choices"][0].clone();
+    let whole = choice(json!({}));
+    assert_eq!(whole["finish_reason"], "tool_calls");
+    assert_eq!(whole["message"]["content"], Value::Null);
+    let call = &whole["message"]["tool_calls"][0];
+    assert_eq!((&call["type"], &call["function"]["name"]), (&json!("function"), &json!("weather")));
+    assert!(call["id"].as_str().unwrap().starts_with("call_"));
+    let arguments: Value = serde_json::from_str(call["function"]["arguments"].as_str().unwrap()).unwrap();
+    assert!(arguments["warm"].is_boolean());
+    let events =
+        server.post("/v1/chat/completions", &body(json!({"stream": true, "logprobs": true}))).events();
+    let events: Vec<Value> =
+        events[..events.len() - 1].iter().map(|event| serde_json::from_str(event).unwrap()).collect();
+    let calls: Vec<&Value> =
+        events.iter().filter_map(|e| e["choices"][0]["delta"]["tool_calls"].get(0)).collect();
+    assert_eq!(calls.len(), 1);
+    assert_eq!((&calls[0]["index"], &calls[0]["function"]), (&json!(0), &call["function"]));
+    assert!(
+        events.iter().all(|e| e["choices"][0]["delta"]["content"].as_str().unwrap_or_default().is_empty())
+    );
+    assert_eq!(events.last().unwrap()["choices"][0]["finish_reason"], "tool_calls");
+    // Without tools, and with others, it is text.
+    let other = json!([{"type": "function", "function": {"name": "other"}}]);
+    for change in [json!({"tools": null}), json!({"tools": other}), json!({"tool_choice": "none"})] {
+        let choice = choice(change);
+        assert_eq!(choice["finish_reason"], "stop");
+        assert!(choice["message"]["content"].as_str().unwrap().contains("weather"));
+        assert_eq!(choice["message"].get("tool_calls"), None);
+    }
+}
+
+#[test]
 fn answers_keep_to_a_schema() {
     let server = plain();
     let schema = json!({
@@ -271,7 +423,8 @@ fn wrong_requests_are_refused_by_name() {
     let many_bias: Value =
         (0..2000).map(|i| (i.to_string(), json!(1))).collect::<serde_json::Map<_, _>>().into();
     for (change, code, param) in [
-        (json!({"n": 2}), json!("unsupported_parameter"), "n"),
+        (json!({"n": 9}), null.clone(), "n"),
+        (json!({"n": 0}), null.clone(), "n"),
         (json!({"messages": []}), null.clone(), "messages"),
         (json!({"messages": null}), null.clone(), "messages"),
         (json!({"messages": "hi"}), null.clone(), "messages"),
@@ -320,10 +473,12 @@ fn wrong_requests_are_refused_by_name() {
     check(path, &chat(long), 400, json!("context_length_exceeded"), null.clone());
     let path = "/v1/completions";
     check(path, &json!({}), 400, null.clone(), json!("prompt"));
-    check(path, &json!({"prompt": ["a", "b"]}), 400, null.clone(), json!("prompt"));
+    check(path, &json!({"prompt": vec!["a"; 20], "n": 8}), 400, null.clone(), json!("prompt"));
+    check(path, &json!({"prompt": []}), 400, null.clone(), json!("prompt"));
     check(path, &json!({"prompt": ""}), 400, null.clone(), json!("prompt"));
     check(path, &json!({"prompt": [99999]}), 400, null.clone(), null.clone());
-    check(path, &json!({"prompt": "a", "echo": true}), 400, json!("unsupported_parameter"), json!("echo"));
+    check(path, &json!({"prompt": "a", "best_of": 2}), 400, json!("unsupported_parameter"), json!("best_of"));
+    check(path, &json!({"prompt": "a", "max_tokens": 0}), 400, null.clone(), null.clone());
     check(path, &json!({"prompt": "a", "logprobs": 30}), 400, null.clone(), json!("logprobs"));
     let path = "/v1/embeddings";
     check(path, &json!({"input": []}), 400, null.clone(), json!("input"));
