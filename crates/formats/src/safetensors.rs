@@ -1,4 +1,4 @@
-//! Headers of safetensors files: names, types, shapes and where the data lies.
+//! Safetensors files: reading of headers (names, types, shapes and where the data lies), and writing.
 //!
 //! ```
 //! use lightering_formats::safetensors::SafetensorsFile;
@@ -10,8 +10,9 @@
 //! assert_eq!(read.tensor("w").unwrap().offset, 8 + header.len() as u64);
 //! ```
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::fmt;
+use std::io::{self, Write};
 
 use lightering_tier::ByteSource;
 use lightering_units::{Bytes, DType};
@@ -114,6 +115,118 @@ fn dtype_of(name: &str) -> Option<DType> {
         "F8_E5M2" => DType::F8E5M2,
         _ => return None,
     })
+}
+
+fn name_of(dtype: DType) -> Option<&'static str> {
+    const NAMES: [&str; 15] = [
+        "F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8", "BOOL", "F8_E4M3",
+        "F8_E5M2",
+    ];
+    NAMES.into_iter().find(|name| dtype_of(name) == Some(dtype))
+}
+
+/// A tensor that is to be written.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NewTensor {
+    /// The name, unique in the file.
+    pub name: String,
+    /// Type of the elements.
+    pub dtype: DType,
+    /// Sizes, the longest stride first.
+    pub dims: Vec<usize>,
+}
+
+/// Counts what passes.
+struct Counted<'a> {
+    out: &'a mut dyn Write,
+    written: u64,
+}
+
+impl Write for Counted<'_> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let written = self.out.write(bytes)?;
+        self.written += written as u64;
+        Ok(written)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.out.flush()
+    }
+}
+
+/// Writes a file: the header, then the tensors one after the other, each as `data` writes it (little-endian,
+/// row-major), so that no tensor has to be in memory twice.
+///
+/// # Errors
+/// A name stands twice, a type has no spelling, `data` fails or writes too much or too little, or the output fails.
+pub fn write(
+    metadata: &BTreeMap<String, String>,
+    tensors: &[NewTensor],
+    out: &mut dyn Write,
+    data: &mut dyn FnMut(usize, &mut dyn Write) -> io::Result<()>,
+) -> Result<()> {
+    let failed = |e| Error::io("safetensors output", e);
+    let text = |value: &dyn fmt::Display| serde_json::Value::String(value.to_string()).to_string();
+    let mut header = String::from("{");
+    let mut names = HashSet::new();
+    if !metadata.is_empty() {
+        let pairs: Vec<String> = metadata.iter().map(|(k, v)| format!("{}:{}", text(k), text(v))).collect();
+        header.push_str(&format!("\"__metadata__\":{{{}}}", pairs.join(",")));
+    }
+    let mut sizes = Vec::with_capacity(tensors.len());
+    let mut at = 0u64;
+    for tensor in tensors {
+        let place = format!("tensor {:?}", tensor.name);
+        if tensor.name == "__metadata__" || !names.insert(&tensor.name) {
+            return Err(Error::invalid(place, "a name that is taken", "a name of its own for each tensor"));
+        }
+        let dtype = name_of(tensor.dtype)
+            .ok_or_else(|| Error::unsupported(&place, format!("element type {}", tensor.dtype)))?;
+        let size = tensor
+            .dims
+            .iter()
+            .try_fold(tensor.dtype.size_bytes() as u64, |n, &d| n.checked_mul(d as u64))
+            .filter(|n| at.checked_add(*n).is_some())
+            .ok_or_else(|| Error::invalid(&place, format!("shape {:?}", tensor.dims), "a size that fits"))?;
+        if header.len() > 1 {
+            header.push(',');
+        }
+        let dims: Vec<String> = tensor.dims.iter().map(ToString::to_string).collect();
+        header.push_str(&format!(
+            "{}:{{\"dtype\":\"{dtype}\",\"shape\":[{}],\"data_offsets\":[{at},{}]}}",
+            text(&tensor.name),
+            dims.join(","),
+            at + size
+        ));
+        at += size;
+        sizes.push(size);
+    }
+    header.push('}');
+    // The data starts at a multiple of 8, as the format's own writer has it.
+    header.push_str(&" ".repeat(header.len().next_multiple_of(8) - header.len()));
+    if header.len() as u64 > MAX_HEADER_BYTES {
+        let found = header.len() as u64;
+        return Err(Error::limit(
+            "safetensors output",
+            "size of the header in bytes",
+            found,
+            MAX_HEADER_BYTES,
+        ));
+    }
+    out.write_all(&(header.len() as u64).to_le_bytes()).map_err(failed)?;
+    out.write_all(header.as_bytes()).map_err(failed)?;
+    for (index, size) in sizes.into_iter().enumerate() {
+        let mut counted = Counted { out, written: 0 };
+        data(index, &mut counted).map_err(failed)?;
+        if counted.written != size {
+            return Err(Error::invalid(
+                format!("tensor {:?}", tensors[index].name),
+                format!("{} bytes of data were given", counted.written),
+                format!("{size}"),
+            ));
+        }
+    }
+    Ok(())
 }
 
 impl SafetensorsFile {
@@ -262,6 +375,36 @@ mod tests {
         let mut huge = file(GOOD, 16);
         huge[7] = 1;
         assert!(matches!(SafetensorsFile::read(&huge), Err(Error::Limit { .. })));
+    }
+
+    #[test]
+    fn what_is_written_is_read() {
+        let tensor =
+            |name: &str, dtype, dims: &[usize]| NewTensor { name: name.into(), dtype, dims: dims.to_vec() };
+        let tensors = [
+            tensor("z \"1\"", DType::F32, &[2]),
+            tensor("a", DType::U8, &[3]),
+            tensor("e", DType::I64, &[0, 4]),
+        ];
+        let metadata = BTreeMap::from([("k".to_owned(), "{\"a\": 1}\n".to_owned())]);
+        let mut out = Vec::new();
+        let data: [&[u8]; 3] = [&[1; 8], &[2; 3], &[]];
+        write(&metadata, &tensors, &mut out, &mut |i, out| out.write_all(data[i])).unwrap();
+        let read = SafetensorsFile::read(&out).unwrap();
+        assert_eq!(read.metadata, metadata);
+        for (tensor, data) in tensors.iter().zip(data) {
+            let found = read.tensor(&tensor.name).unwrap();
+            assert_eq!((found.dtype, found.shape.len()), (tensor.dtype, tensor.dims.len()));
+            assert_eq!(&out[found.offset as usize..][..found.size.0 as usize], data);
+        }
+        assert_eq!(read.tensors.iter().map(|t| t.offset).min().unwrap() % 8, 0);
+        for name in DType::ALL.into_iter().filter_map(name_of) {
+            assert!(dtype_of(name).is_some());
+        }
+        let short = write(&metadata, &tensors, &mut Vec::new(), &mut |_, out| out.write_all(&[0; 8]));
+        assert!(short.unwrap_err().to_string().contains("8 bytes of data were given"));
+        let twice = [tensor("a", DType::U8, &[]), tensor("a", DType::U8, &[])];
+        assert!(write(&metadata, &twice, &mut Vec::new(), &mut |_, o| o.write_all(&[0])).is_err());
     }
 
     proptest! {

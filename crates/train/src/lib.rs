@@ -23,8 +23,11 @@
 #![forbid(unsafe_code)]
 
 mod augment;
+pub mod checkpoint;
 mod data;
+mod durable;
 mod error;
+mod events;
 mod loader;
 mod loss;
 mod metrics;
@@ -33,8 +36,10 @@ mod random;
 mod schedule;
 
 pub use augment::{Augmentation, Mixing};
+pub use checkpoint::{Checkpoint, Checkpoints, Found, TrainState};
 pub use data::*;
 pub use error::TrainError;
+pub use events::{EventWriter, crc32c};
 pub use loader::{Batch, Loader, LoaderOptions, Position};
 pub use loss::Loss;
 pub use metrics::{Classification, EarlyStopping, MAX_CONFUSION_CLASSES, Regression, RunningMean, TOP_MAX};
