@@ -296,6 +296,8 @@ fn train(op: &TrainOp, s: &Sizes<'_>) -> f64 {
         TrainOp::PoolGrad { pool, .. } => s.x() * pool.kernel.iter().product::<usize>().max(1) as f64,
         TrainOp::GatherGrad { .. } => s.input(1).map_or(0.0, elements),
         TrainOp::ResizeGrad { .. } => s.x() * 4.0,
+        TrainOp::GridSampleGrad { .. } => s.input(2).map_or(0.0, elements) * 16.0,
+        TrainOp::DetGrad => s.x() * 8.0,
         TrainOp::UnaryGrad(_) | TrainOp::SoftmaxGrad { .. } => s.out() * 4.0,
         TrainOp::LayerNormGrad { .. } | TrainOp::RmsNormGrad { .. } | TrainOp::NormaliseGrad { .. } => {
             s.out() * 8.0

@@ -23,6 +23,7 @@
 
 mod constant;
 pub mod cost;
+mod differentiate;
 mod error;
 mod graph;
 mod op;
@@ -40,6 +41,10 @@ pub mod passes;
 
 pub use constant::{Constant, SourceId, StoredTensor};
 pub use cost::Cost;
+pub use differentiate::{
+    DIFFERENTIABLE, DifferentiateOptions, GradientRule, Selector, ZERO_GRADIENT, differentiate,
+    parameters_to_states,
+};
 pub use error::GraphError;
 pub use graph::{Graph, Node, NodeId, Value, ValueId, ValueKind};
 pub use lightering_units::DType;

@@ -4,7 +4,8 @@
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    AttentionAttributes, ConvAttributes, PoolAttributes, RecurrentAttributes, ResizeAttributes, UnaryOp,
+    AttentionAttributes, ConvAttributes, GridPadding, PoolAttributes, RecurrentAttributes, ResizeAttributes,
+    ResizeMode, UnaryOp,
 };
 
 /// An operator of [`Op::Train`](crate::Op::Train).
@@ -53,8 +54,20 @@ pub enum TrainOp {
         /// Shape of the input.
         input: Vec<usize>,
         /// Output over input per dimension, as the coordinate transformation uses it.
-        scales: Vec<f32>,
+        scales: Vec<f64>,
     },
+    /// `(x, grid, dy) -> (dx, dgrid)`: gradient of sampling a picture at the places of a grid. Composed of gathers and
+    /// scatters it would hold every corner of every sample in memory at once.
+    GridSampleGrad {
+        /// Interpolation.
+        mode: ResizeMode,
+        /// Outside the picture.
+        padding: GridPadding,
+        /// −1 and 1 are corner centres.
+        align_corners: bool,
+    },
+    /// `(x, dy) -> dx`: gradient of the determinant, `dy` times the cofactors; no other operator inverts a matrix.
+    DetGrad,
     /// `(saved, dy) -> dx`: gradient of a unary operator; `saved` is its result if
     /// [`TrainOp::unary_saves_result`], else its operand.
     UnaryGrad(UnaryOp),
@@ -113,9 +126,9 @@ pub enum TrainOp {
         /// The channels.
         axis: usize,
     },
-    /// `(logits, labels, weights?) -> (loss, rows)`: mean cross-entropy over the rows, a scalar, and the loss of every
-    /// row. `logits` is `[…, classes]`; `labels` are integers `[…]` or probabilities of the shape of `logits`; `weights`
-    /// has one factor per row.
+    /// `(logits, labels, weights?) -> (loss, rows)`: cross-entropy of every row, times its weight, and the sum of these
+    /// over the number of rows that count (0 when none does). `logits` is `[…, classes]`; `labels` are integers `[…]` or
+    /// probabilities of the shape of `logits`; `weights` has one factor per row and does not change the number of rows.
     CrossEntropy {
         /// Part of the target that is spread over all classes.
         label_smoothing: f32,
@@ -251,7 +264,9 @@ impl TrainOp {
             | TrainOp::GatherGrad { .. }
             | TrainOp::UnaryGrad(_)
             | TrainOp::SoftmaxGrad { .. }
-            | TrainOp::MaskGrad => (2, 2),
+            | TrainOp::MaskGrad
+            | TrainOp::DetGrad => (2, 2),
+            TrainOp::GridSampleGrad { .. } => (3, 3),
             TrainOp::PoolGrad { .. } => (1, 3),
             TrainOp::ResizeGrad { .. }
             | TrainOp::BatchStatistics { .. }

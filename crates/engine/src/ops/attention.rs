@@ -54,7 +54,8 @@ fn head_rows(dims: &[usize], heads: usize, name: &str) -> Result<(usize, HeadRow
     }
 }
 
-fn shape_of(
+/// Sizes of an attention whose operands have these shapes.
+pub(super) fn shape_of(
     a: &AttentionAttributes,
     q: &[usize],
     k: &[usize],
@@ -177,7 +178,8 @@ fn take4<'a, 'b>(outputs: &'b mut [Option<TensorViewMut<'a>>]) -> [Option<&'b mu
     std::array::from_fn(|_| all.next().and_then(Option::as_mut))
 }
 
-fn mask_of<'a, T: Real>(m: &TensorView<'a>, full: [usize; 4]) -> Result<Mask<'a, T>, OpError> {
+/// How a mask is read.
+pub(super) fn mask_of<'a, T: Real>(m: &TensorView<'a>, full: [usize; 4]) -> Result<Mask<'a, T>, OpError> {
     let values = match m.dtype {
         DType::Bool => MaskValues::Seen(m.as_slice()),
         other if other == T::DTYPE => MaskValues::Bias(m.as_slice()),

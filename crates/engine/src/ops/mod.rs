@@ -28,6 +28,7 @@ mod sequence;
 mod signal;
 mod statistics;
 mod text;
+mod training;
 mod trees;
 mod windows;
 
@@ -149,6 +150,7 @@ pub fn compute(
         Op::TfIdfVectorizer(_) => text::compute(op, inputs, outputs),
         Op::Ml(ml) => ml::compute(ml, inputs, outputs, context.threads),
         Op::Lm(lm) => language::compute(lm, inputs, outputs, workspace, context),
+        Op::Train(op) => training::compute(op, inputs, outputs, workspace, context),
         _ => Err(no_kernel(op)),
     }
 }
@@ -168,6 +170,7 @@ pub fn workspace_bytes(
         Op::QLinearMatMul(_) | Op::QLinearConv(_) => quantization::workspace_bytes(op, inputs, outputs),
         Op::Dft { .. } | Op::Stft { .. } => signal::workspace_bytes(op, outputs),
         Op::Lm(lm) => language::workspace_bytes(lm, inputs, threads),
+        Op::Train(op) => training::workspace_bytes(op, inputs),
         _ => Bytes::ZERO,
     }
 }

@@ -21,7 +21,8 @@ fn cell_of(op: &Op) -> Option<(Cell, &RecurrentAttributes)> {
     })
 }
 
-fn shape_of(
+/// Sizes of a recurrent layer whose operands have these shapes.
+pub(super) fn shape_of(
     cell: Cell,
     a: &RecurrentAttributes,
     x: &[usize],
@@ -78,7 +79,7 @@ pub(super) fn workspace_bytes(
 }
 
 /// The activations that ONNX allows in recurrent layers, one element at a time.
-fn scalar_activation(op: UnaryOp, x: f64) -> Option<f64> {
+pub(super) fn scalar_activation(op: UnaryOp, x: f64) -> Option<f64> {
     Some(match op {
         UnaryOp::Identity => x,
         UnaryOp::Relu => x.max(0.0),
@@ -223,6 +224,17 @@ pub(super) fn compute(
     }
 }
 
+/// The activation `f`, `g` or `h` (0, 1, 2) of one direction.
+pub(super) fn activation_at(a: &RecurrentAttributes, cell: Cell, direction: usize, which: usize) -> UnaryOp {
+    let (defaults, per_direction) = match cell {
+        Cell::Rnn => ([UnaryOp::Tanh; 3], 1),
+        Cell::Gru { .. } => ([UnaryOp::Sigmoid, UnaryOp::Tanh, UnaryOp::Tanh], 2),
+        Cell::Lstm { .. } => ([UnaryOp::Sigmoid, UnaryOp::Tanh, UnaryOp::Tanh], 3),
+    };
+    let given = (which < per_direction).then(|| a.activations.get(direction * per_direction + which));
+    given.flatten().copied().unwrap_or(defaults[which])
+}
+
 fn run<T: Scalar>(
     a: &RecurrentAttributes,
     shape: &RecurrentShape,
@@ -231,19 +243,7 @@ fn run<T: Scalar>(
     workspace: &mut [T],
     pool: &ThreadPool,
 ) -> Result<(), OpError> {
-    let defaults = match shape.cell {
-        Cell::Rnn => [UnaryOp::Tanh; 3],
-        _ => [UnaryOp::Sigmoid, UnaryOp::Tanh, UnaryOp::Tanh],
-    };
-    let per_direction = match shape.cell {
-        Cell::Rnn => 1,
-        Cell::Gru { .. } => 2,
-        Cell::Lstm { .. } => 3,
-    };
-    let op_at = |direction: usize, which: usize| {
-        let given = (which < per_direction).then(|| a.activations.get(direction * per_direction + which));
-        given.flatten().copied().unwrap_or(defaults[which])
-    };
+    let op_at = |direction: usize, which: usize| activation_at(a, shape.cell, direction, which);
     for direction in 0..shape.directions {
         for which in 0..3 {
             let op = op_at(direction, which);

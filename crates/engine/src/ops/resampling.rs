@@ -6,11 +6,21 @@ use lightering_kernels::ops::{self, Coordinates, Interpolation, Outside, ResizeS
 use super::operands::{normal_axis, optional, required};
 use super::{OpContext, OpError, TensorView, TensorViewMut};
 
-fn interpolation(mode: ResizeMode) -> Interpolation {
+/// The kernels' name of an interpolation.
+pub(super) fn interpolation(mode: ResizeMode) -> Interpolation {
     match mode {
         ResizeMode::Nearest => Interpolation::Nearest,
         ResizeMode::Linear => Interpolation::Linear,
         ResizeMode::Cubic => Interpolation::Cubic,
+    }
+}
+
+/// The kernels' name of what lies outside a picture.
+pub(super) fn outside(padding: GridPadding) -> Outside {
+    match padding {
+        GridPadding::Zeros => Outside::Zeros,
+        GridPadding::Border => Outside::Border,
+        GridPadding::Reflection => Outside::Reflection,
     }
 }
 
@@ -58,7 +68,12 @@ fn resize_shape(
             roi[axis] = (given[i], given[i + axes.len()]);
         }
     }
-    Ok(ResizeShape {
+    Ok(kernel_shape(a, scales, roi))
+}
+
+/// The kernels' description of a resizing.
+pub(super) fn kernel_shape(a: &ResizeAttributes, scales: Vec<f64>, roi: Vec<(f64, f64)>) -> ResizeShape {
+    ResizeShape {
         mode: interpolation(a.mode),
         coordinates: match a.coordinates {
             CoordinateMode::HalfPixel => Coordinates::HalfPixel,
@@ -81,7 +96,7 @@ fn resize_shape(
         antialias: a.antialias,
         scales,
         roi,
-    })
+    }
 }
 
 /// Computes the operators that resample pictures.
@@ -95,11 +110,7 @@ pub(super) fn compute(
     match op {
         Op::Resize(a) => ops::resize(context.threads, &resize_shape(a, inputs, y)?, &x, y),
         Op::GridSample { mode, padding, align_corners } => {
-            let outside = match padding {
-                GridPadding::Zeros => Outside::Zeros,
-                GridPadding::Border => Outside::Border,
-                GridPadding::Reflection => Outside::Reflection,
-            };
+            let outside = outside(*padding);
             let grid = required(inputs, 1, "grid")?;
             ops::grid_sample(context.threads, interpolation(*mode), outside, *align_corners, &x, &grid, y)
         }

@@ -61,7 +61,7 @@ fn shape(
     })
 }
 
-fn convolution_shape(
+pub(super) fn convolution_shape(
     a: &ConvAttributes,
     x: &TensorView,
     w: &TensorView,

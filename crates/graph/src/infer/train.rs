@@ -102,6 +102,14 @@ pub(super) fn train(o: &Operands<'_>, op: &TrainOp) -> Rule<Vec<ValueType>> {
             o.tensor(0, "indices")?.require(Class::Integer)?;
             vec![typed(floats(o, 1, "dy")?.dtype, fixed(input))]
         }
+        TrainOp::GridSampleGrad { .. } => {
+            floats(o, 2, "dy")?;
+            vec![floats(o, 0, "x")?.to_type(), floats(o, 1, "grid")?.to_type()]
+        }
+        TrainOp::DetGrad => {
+            floats(o, 1, "dy")?;
+            vec![floats(o, 0, "x")?.to_type()]
+        }
         TrainOp::UnaryGrad(_) => vec![alike(&floats(o, 0, "saved")?, &floats(o, 1, "dy")?)?],
         TrainOp::SoftmaxGrad { .. } => vec![alike(&floats(o, 0, "y")?, &floats(o, 1, "dy")?)?],
         TrainOp::LayerNormGrad { axis, .. } => {

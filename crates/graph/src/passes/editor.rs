@@ -306,6 +306,11 @@ impl<'g> Editor<'g> {
         self.set(id, op, inputs);
     }
 
+    /// Drops all results of a node but the first; nobody may read them.
+    pub fn keep_first_output(&mut self, id: NodeId) {
+        self.graph.node_mut(id).outputs.truncate(1);
+    }
+
     pub fn rename(&mut self, id: NodeId, name: &str) {
         self.graph.node_mut(id).name = name.to_owned();
     }
@@ -384,16 +389,16 @@ impl<'g> Editor<'g> {
         self.graph.remove_node(id);
     }
 
+    /// Whether nobody reads what a node makes. What updates a state is done for its own sake.
+    fn is_useless(&self, node: &Node) -> bool {
+        node.op.updated_states() == 0
+            && node.outputs.iter().flatten().all(|&v| self.readers(v).is_empty() && !self.is_output(v))
+    }
+
     fn remove_dead(&mut self) {
         loop {
-            let dead: Vec<NodeId> = self
-                .graph
-                .iter_nodes()
-                .filter(|(_, n)| {
-                    n.outputs.iter().flatten().all(|&v| self.readers(v).is_empty() && !self.is_output(v))
-                })
-                .map(|(id, _)| id)
-                .collect();
+            let dead: Vec<NodeId> =
+                self.graph.iter_nodes().filter(|(_, n)| self.is_useless(n)).map(|(id, _)| id).collect();
             if dead.is_empty() {
                 return;
             }
@@ -408,9 +413,7 @@ impl<'g> Editor<'g> {
         let mut stack = vec![id];
         while let Some(id) = stack.pop() {
             let Some(node) = self.get(id) else { continue };
-            let useless =
-                node.outputs.iter().flatten().all(|&v| self.readers(v).is_empty() && !self.is_output(v));
-            if useless {
+            if self.is_useless(node) {
                 stack.extend(node.inputs.iter().flatten().filter_map(|&v| self.graph.producer(v)));
                 self.remove(id);
             }

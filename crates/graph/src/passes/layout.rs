@@ -4,7 +4,7 @@ use std::collections::HashMap;
 
 use super::editor::{Editor, axis_index};
 use super::simplify::{reduced_axes, reshape_groups};
-use crate::{DType, Graph, GraphError, Layout, Node, NodeId, Op, Pass, Tensor, TensorType, ValueId};
+use crate::{DType, Graph, GraphError, Layout, Node, NodeId, Op, Pass, Tensor, TensorType, TrainOp, ValueId};
 
 /// Brings convolutions and everything around them to [`Layout::ChannelsLast`].
 ///
@@ -423,6 +423,10 @@ impl Layouts<'_> {
             return None;
         }
         match &mut op {
+            Op::Train(train) => {
+                let perm = self.choose(&[x], rank)?;
+                return self.statistics(id, node, train.as_ref().clone(), &perm);
+            }
             // ---- several operands that broadcast ----
             Op::Binary(_) | Op::Where | Op::Variadic(_) | Op::Elementwise(_) | Op::QLinearBinary { .. } => {
                 let places: Vec<usize> = if matches!(op, Op::QLinearBinary { .. }) {
@@ -564,6 +568,24 @@ impl Layouts<'_> {
         }
         inputs[0] = Some(self.ensure(id, x, &perm)?);
         self.replace(id, op, inputs, out_perms);
+        Some(())
+    }
+
+    /// Operators of training on channels, which know where these are; their other operands and the statistics are vectors.
+    fn statistics(&mut self, id: NodeId, node: &Node, mut op: TrainOp, perm: &[usize]) -> Option<()> {
+        let mut inputs = node.inputs.clone();
+        inputs[0] = Some(self.ensure(id, node.input(0)?, perm)?);
+        match &mut op {
+            TrainOp::Normalise { axis, .. } => {
+                *axis = position(perm, *axis)?;
+                self.replace(id, Op::Train(Box::new(op)), inputs, vec![perm.to_vec()]);
+            }
+            TrainOp::BatchStatistics { axis } => {
+                *axis = position(perm, *axis)?;
+                self.e.set(id, Op::Train(Box::new(op)), inputs);
+            }
+            _ => return None,
+        }
         Some(())
     }
 

@@ -1,5 +1,6 @@
 //! Rewrites of a graph into an equal, better graph.
 
+mod batch_norm_for_training;
 mod bind;
 mod common_subexpression;
 mod dead_code;
@@ -12,8 +13,9 @@ mod place_updates;
 mod recompute;
 mod simplify;
 #[cfg(test)]
-mod testing;
+pub(crate) mod testing;
 
+pub use batch_norm_for_training::{BatchNormForTraining, BatchNormMode};
 pub use common_subexpression::CommonSubexpression;
 pub use dead_code::DeadCode;
 pub use fold::{Fold, INLINE_MAX};

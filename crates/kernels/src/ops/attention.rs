@@ -237,8 +237,13 @@ pub fn attention<T: Real>(
     });
 }
 
+/// What is added to the score of a query and a key; −∞ where the key is not seen.
 #[inline(always)]
-fn bias_of<T: Real>(shape: &AttentionShape, operands: &AttentionOperands<'_, T>, at: [usize; 4]) -> f32 {
+pub(super) fn bias_of<T: Real>(
+    shape: &AttentionShape,
+    operands: &AttentionOperands<'_, T>,
+    at: [usize; 4],
+) -> f32 {
     let (query, key) = (at[2] as i64, at[3] as i64);
     let mut newest = shape.past as i64 + query;
     if let Some(lengths) = operands.key_lengths {

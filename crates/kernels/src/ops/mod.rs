@@ -10,6 +10,7 @@ mod cast;
 mod convolution;
 pub mod float8;
 pub mod fourier;
+pub mod gradient;
 pub mod integer_product;
 mod linear;
 pub mod loss;

@@ -227,11 +227,11 @@ impl RecurrentShape {
         self.chunk_steps() * self.batch * (self.input + gates) + self.batch * gates + 3 * state
     }
 
-    fn x_row(&self, step: usize, sequence: usize) -> usize {
+    pub(super) fn x_row(&self, step: usize, sequence: usize) -> usize {
         if self.batch_first { sequence * self.steps + step } else { step * self.batch + sequence }
     }
 
-    fn y_row(&self, step: usize, direction: usize, sequence: usize) -> usize {
+    pub(super) fn y_row(&self, step: usize, direction: usize, sequence: usize) -> usize {
         if self.batch_first {
             (sequence * self.steps + step) * self.directions + direction
         } else {
@@ -239,7 +239,7 @@ impl RecurrentShape {
         }
     }
 
-    fn state_row(&self, direction: usize, sequence: usize) -> usize {
+    pub(super) fn state_row(&self, direction: usize, sequence: usize) -> usize {
         if self.batch_first {
             sequence * self.directions + direction
         } else {

@@ -63,7 +63,7 @@ pub struct ResizeShape {
 }
 
 /// Which input elements one result index along an axis mixes; `None` is outside the region of interest.
-type Taps = Option<Vec<(usize, f64)>>;
+pub(super) type Taps = Option<Vec<(usize, f64)>>;
 
 impl ResizeShape {
     fn coordinate(&self, axis: usize, x: usize, input: usize, output: usize) -> f64 {
@@ -129,7 +129,8 @@ impl ResizeShape {
         }
     }
 
-    fn taps(&self, axis: usize, input: usize, output: usize) -> Vec<Taps> {
+    /// Taps of every result index along an axis.
+    pub(super) fn taps(&self, axis: usize, input: usize, output: usize) -> Vec<Taps> {
         let identity = self.scales[axis] == 1.0
             && input == output
             && self.coordinates != Coordinates::TfCropAndResize
@@ -172,7 +173,8 @@ impl ResizeShape {
     }
 }
 
-fn cubic(x: f64, a: f64) -> f64 {
+/// The cubic convolution kernel at distance `x`.
+pub(super) fn cubic(x: f64, a: f64) -> f64 {
     let x = x.abs();
     if x <= 1.0 {
         ((a + 2.0) * x - (a + 3.0)) * x * x + 1.0
@@ -282,7 +284,8 @@ pub enum Outside {
     Reflection,
 }
 
-fn reflect(x: f64, low: f64, high: f64) -> f64 {
+/// Mirrors a coordinate into a range.
+pub(super) fn reflect(x: f64, low: f64, high: f64) -> f64 {
     let range = high - low;
     if range <= 0.0 || !x.is_finite() {
         return low;
