@@ -311,10 +311,47 @@ def lm_budgets():
     return "\n".join(texts) or "Not measured yet.\n"
 
 
+def lm_greedy():
+    texts = []
+    for path in sorted(measure.RESULTS.glob("lm-greedy-*.json")):
+        result = json.loads(path.read_text())
+        differing = [r for r in result["prompts"] if not r["equal"]]
+        rows = [[f"`{json.dumps(r['prompt'], ensure_ascii=False)[1:-1]}`", r["first_difference"],
+                 f"{r['gap']:.3f}" if "gap" in r else "–"] for r in differing]
+        texts += [f"**{result['model']}**: {result['equal']:.0%} of {len(result['prompts'])} prompts give the same text of up to "
+                  f"{result['tokens']} tokens" + (", the others differ first here:" if rows else "."), ""]
+        if rows:
+            texts += [table(["prompt", "first differing token", "gap"], rows), ""]
+        texts += [provenance(result), ""]
+    return "\n".join(texts) or "Not measured yet.\n"
+
+
+def lm_policies():
+    texts = []
+    for path in sorted(measure.RESULTS.glob("lm-policies-*.json")):
+        result = json.loads(path.read_text())
+        rows = []
+        for r in result["runs"]:
+            if "error" in r:
+                rows.append([r["eviction"], r["prefetch"], r["admission"], "failed"] + [""] * 6)
+                continue
+            rows.append([r["eviction"], r["prefetch"], r["admission"], f"{r['tokens_per_second']:.2f}",
+                         f"{r['gain']:+.1%}" if r.get("gain") is not None else "", f"{r['live_hit_rate']:.1%}",
+                         f"{r['replayed_hit_rate']:.1%}" if r.get("replayed_hit_rate") is not None else "",
+                         f"{100 * r['difference']:+.2f}" if r.get("difference") is not None else "",
+                         f"{r['bytes_per_token'] / 1e6:.2f}"])
+        header = ["eviction", "prefetch", "admission", "tokens/s", "over none", "hits, live", "replayed", "difference, points",
+                  "MB read for a token"]
+        texts += [f"**{result['model']}**, {megabytes(result['file_bytes'])} MB in a budget of {megabytes(result['memory'])} MB, "
+                  f"{result['tokens']} tokens; {result['note']}", "", table(header, rows), "", provenance(result), ""]
+    return "\n".join(texts) or "Not measured yet.\n"
+
+
 BLOCKS = {
     "language-models.md": {"lm-speed": lm_speed, "lm-budgets": lm_budgets},
     "performance.md": {"latency-1t": lambda: latency("1t"), "latency-2t": lambda: latency("2t"),
-                       "latency-2t-busy": lambda: latency("2t-busy"), "memory": memory, "budget": lambda: budget("budget"), "budget-warm": lambda: budget("budget-warm")},
+                       "latency-2t-busy": lambda: latency("2t-busy"), "memory": memory, "budget": lambda: budget("budget"), "budget-warm": lambda: budget("budget-warm"),
+                       "lm-greedy": lm_greedy, "lm-policies": lm_policies},
     "conformance.md": {"summary": conformance_summary, "superseded": superseded,
                        "operators": conformance_operators, "missed": conformance_missed},
 }
