@@ -2,9 +2,11 @@
 
 mod arrays;
 mod bytes;
+mod cifar;
 mod idx;
 mod image_folder;
 mod open;
+mod table;
 mod tokens;
 
 use std::sync::Arc;
@@ -15,9 +17,11 @@ use serde::{Deserialize, Serialize};
 use crate::{Random, TrainError};
 
 pub use arrays::ArrayDataset;
-pub use idx::{IdxArray, IdxDataset};
+pub use cifar::Cifar;
+pub use idx::{IdxArray, IdxDataset, check_idx};
 pub use image_folder::ImageFolder;
 pub use open::{Normalise, OpenOptions, Split, Vocabulary, open};
+pub use table::check_table;
 pub use tokens::TokenWindows;
 
 /// Name of the feature that holds what a model shall predict.

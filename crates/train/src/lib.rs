@@ -33,6 +33,7 @@ mod loss;
 mod metrics;
 mod models;
 mod random;
+mod report;
 mod schedule;
 
 pub use augment::{Augmentation, Mixing};
@@ -45,4 +46,5 @@ pub use loss::Loss;
 pub use metrics::{Classification, EarlyStopping, MAX_CONFUSION_CLASSES, Regression, RunningMean, TOP_MAX};
 pub use models::Architecture;
 pub use random::Random;
+pub use report::{Report, ReportFile};
 pub use schedule::{Schedule, ScheduleKind, Warmup};

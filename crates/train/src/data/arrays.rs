@@ -60,6 +60,12 @@ impl ArrayDataset {
         Ok(ArrayDataset { arrays: tensors, features, classes, len, _memory: None })
     }
 
+    /// Keeps a reservation as long as the arrays.
+    pub(super) fn within(mut self, memory: Reservation) -> ArrayDataset {
+        self._memory = Some(memory);
+        self
+    }
+
     /// Reads an `.npz` archive with the arrays `x` (or `image`, `images`, `features`, `x_train`) and `y` (or `label`,
     /// `labels`, `target`, `y_train`), for `part` `train` or `test`. Other names of inputs are kept.
     pub(super) fn open(

@@ -35,7 +35,6 @@ impl Store {
     }
 
     /// Bytes that lie in memory already.
-    #[cfg(test)]
     pub fn from_bytes(name: &str, bytes: Vec<u8>) -> Store {
         Store { source: Arc::new(bytes), name: name.into(), _memory: None }
     }

@@ -244,6 +244,20 @@ impl Dataset for IdxDataset {
     }
 }
 
+/// Any bytes as an IDX file whose last sample is read, for the tests of damaged files.
+///
+/// # Errors
+/// They are none, or damaged.
+pub fn check_idx(bytes: &[u8]) -> Result<(), TrainError> {
+    /// Most elements of the sample.
+    const ELEMENTS_MAX: usize = 1 << 20;
+    let array = IdxArray::from_store(Store::from_bytes("bytes", bytes.to_vec()))?;
+    if array.dims()[0] > 0 && array.sample_len() <= ELEMENTS_MAX {
+        array.read(array.dims()[0] - 1, true, &mut vec![0f32; array.sample_len()])?;
+    }
+    Ok(())
+}
+
 /// The pair of files of `part` (`train`, or `t10k` and `test`) in a folder.
 pub(super) fn find(folder: &Path, parts: &[&str]) -> Option<(PathBuf, PathBuf)> {
     let mut names: Vec<PathBuf> = std::fs::read_dir(folder)

@@ -8,10 +8,11 @@ use lightering_units::Bytes;
 
 use super::bytes::Store;
 use super::image_folder::{entries, is_picture, name_of, subfolders};
+use super::table::{self, TableOptions};
 use super::tokens::{TokenStore, Width, width_of};
 use super::{
-    ArrayDataset, Dataset, IdxArray, IdxDataset, ImageFolder, Normalisation, Subset, TokenWindows, idx,
-    normalised, statistics,
+    ArrayDataset, Cifar, Dataset, IdxArray, IdxDataset, ImageFolder, Normalisation, Subset, TokenWindows,
+    cifar, idx, normalised, statistics,
 };
 use crate::{Random, TrainError};
 
@@ -35,6 +36,10 @@ pub struct OpenOptions {
     pub vocabulary: Vocabulary,
     /// The column of a table that holds the labels.
     pub label: String,
+    /// Columns of a table that are left out.
+    pub without: Vec<String>,
+    /// The labels of a table are numbers to be predicted, even if they look like classes.
+    pub regression: bool,
     /// What memory is asked of.
     pub pool: MemoryPool,
 }
@@ -50,6 +55,8 @@ impl Default for OpenOptions {
             context: 128,
             vocabulary: Vocabulary::Characters,
             label: super::LABEL.into(),
+            without: Vec::new(),
+            regression: false,
             pool: MemoryPool::unbounded(),
         }
     }
@@ -99,8 +106,8 @@ pub(super) struct Parts {
     pub found: String,
 }
 
-/// Opens the data at `path`, whatever it is: folders of pictures (also `train/` and `val/` or `test/`), IDX files,
-/// `.npz` archives, text (`.txt`, `.md`) or token files (`.bin`), alone or as `train` and `val` or `test` in a folder.
+/// Opens the data at `path`, whatever it is: folders of pictures (also `train/` and `val/` or `test/`), IDX and CIFAR
+/// files, tables (`.csv`, also `train.csv` and `test.csv` in a folder), `.npz` archives, text (`.txt`, `.md`) or token files (`.bin`), alone or as `train` and `val` or `test` in a folder.
 ///
 /// # Errors
 /// Nothing known lies there, or what lies there is damaged.
@@ -115,10 +122,14 @@ pub fn open(path: impl AsRef<Path>, options: &OpenOptions) -> Result<Split, Trai
     {
         return Err(TrainError::invalid("validation", share, "a share from 0 to below 1"));
     }
-    if let Some(split) = tokens(path, options)? {
-        return Ok(split);
-    }
-    let parts = find(path, options)?;
+    let cifar = if path.is_dir() { cifar_files(path, options)? } else { None };
+    let parts = match cifar {
+        Some(parts) => parts,
+        None => match tokens(path, options)? {
+            Some(split) => return Ok(split),
+            None => find(path, options)?,
+        },
+    };
     if parts.train.is_empty() {
         return Err(TrainError::invalid(place, "no samples", "at least one"));
     }
@@ -131,9 +142,15 @@ fn find(path: &Path, options: &OpenOptions) -> Result<Parts, TrainError> {
         if let Some(parts) = idx_files(path, options)? {
             return Ok(parts);
         }
+        if let Some(parts) = tables(path, options)? {
+            return Ok(parts);
+        }
         if let Some(parts) = picture_folders(path, options)? {
             return Ok(parts);
         }
+    } else if table::is_table(path) {
+        let train = read_table(path, options, None)?;
+        return Ok(Parts { train, validation: None, test: None, found: "table".into() });
     } else if path.extension().is_some_and(|e| e == "npz")
         && let Some(train) = ArrayDataset::open(path, "train", &options.pool)?
     {
@@ -144,7 +161,7 @@ fn find(path: &Path, options: &OpenOptions) -> Result<Parts, TrainError> {
     Err(TrainError::invalid(
         place,
         "no data set that is known",
-        "folders of pictures, IDX files, a .npz archive, or text (.txt, .bin)",
+        "folders of pictures, IDX or CIFAR files, tables (.csv), a .npz archive, or text (.txt, .bin)",
     ))
 }
 
@@ -159,6 +176,57 @@ fn idx_files(folder: &Path, options: &OpenOptions) -> Result<Option<Parts>, Trai
         None => None,
     };
     Ok(Some(Parts { train: Arc::new(train), validation: None, test, found: "IDX files".into() }))
+}
+
+fn cifar_files(folder: &Path, options: &OpenOptions) -> Result<Option<Parts>, TrainError> {
+    let Some((train, test, label_bytes, classes)) = cifar::find(folder)? else { return Ok(None) };
+    let found = format!("CIFAR-{} files", classes.len());
+    let open = |files: &[PathBuf]| -> Result<Arc<dyn Dataset>, TrainError> {
+        Ok(Arc::new(Cifar::open(files, label_bytes, classes.clone(), &options.pool)?))
+    };
+    let test = if test.is_empty() { None } else { Some(open(&test)?) };
+    Ok(Some(Parts { train: open(&train)?, validation: None, test, found }))
+}
+
+fn read_table(
+    path: &Path,
+    options: &OpenOptions,
+    classes: Option<&[String]>,
+) -> Result<Arc<dyn Dataset>, TrainError> {
+    let file = std::fs::File::open(path).map_err(|e| TrainError::io(path, e))?;
+    let file = std::io::BufReader::new(file);
+    let input: Box<dyn std::io::Read> = if path.extension().is_some_and(|e| e == "gz") {
+        Box::new(flate2::read::MultiGzDecoder::new(file))
+    } else {
+        Box::new(file)
+    };
+    let table = TableOptions {
+        label: &options.label,
+        without: &options.without,
+        regression: options.regression,
+        classes,
+    };
+    let (set, memory) = table::read(&path.display().to_string(), input, &table, &options.pool)?;
+    Ok(Arc::new(set.within(memory)))
+}
+
+fn tables(folder: &Path, options: &OpenOptions) -> Result<Option<Parts>, TrainError> {
+    let files: Vec<PathBuf> = entries(folder)?.into_iter().filter(|p| table::is_table(p)).collect();
+    let starts = |name: &str| files.iter().find(|p| name_of(p).to_lowercase().starts_with(name));
+    let train = match (starts("train"), &files[..]) {
+        (Some(train), _) => train,
+        (None, [one]) => one,
+        _ => return Ok(None),
+    };
+    let set = read_table(train, options, None)?;
+    let part = |name: &str| -> Result<Option<Arc<dyn Dataset>>, TrainError> {
+        match starts(name) {
+            Some(path) => Ok(Some(read_table(path, options, Some(set.classes()))?)),
+            None => Ok(None),
+        }
+    };
+    let (validation, test) = (part("val")?, part("test")?);
+    Ok(Some(Parts { train: set, validation, test, found: "tables".into() }))
 }
 
 fn picture_folders(root: &Path, options: &OpenOptions) -> Result<Option<Parts>, TrainError> {
