@@ -884,6 +884,21 @@ fn sequences(c: &mut Cases) {
             )
         });
     }
+    for (causal, softcap, packed) in [(false, 0.0, false), (true, 0.6, false), (true, 0.0, true)] {
+        c.with(format!("Attention with a learned bias {causal} {softcap} {packed}"), SINGLE, move |b| {
+            let (shared, heads) = if packed { (0, 0) } else { (2, 4) };
+            let operands = if packed {
+                [b.p(&[2, 3, 4], -1.0, 1.0), b.p(&[2, 3, 4], -1.0, 1.0), b.p(&[2, 3, 4], -1.0, 1.0)]
+            } else {
+                [&[1, heads, 3, 2], &[1, shared, 3, 2], &[1, shared, 3, 2]].map(|d| b.p(d, -1.0, 1.0))
+            };
+            let bias = b.p(&[if packed { 2 } else { 1 }, 1, 3, 3], -0.5, 0.5);
+            let count = if packed { 2 } else { 0 };
+            let a =
+                AttentionAttributes { causal, softcap, q_num_heads: count, kv_num_heads: count, ..plain() };
+            b.op(Op::Attention(a), &[operands[0], operands[1], operands[2], bias])
+        });
+    }
     c.with("Attention of packed heads", SINGLE, move |b| {
         let operands = [b.p(&[2, 3, 4], -1.0, 1.0), b.p(&[2, 2, 4], -1.0, 1.0), b.p(&[2, 2, 4], -1.0, 1.0)];
         b.op(Op::Attention(AttentionAttributes { q_num_heads: 2, kv_num_heads: 2, ..plain() }), &operands)
@@ -1008,6 +1023,50 @@ fn every_differentiable_operator_agrees_with_differences() {
     assert!(failed.is_empty(), "{} cases failed: {failed:#?}", failed.len());
     let missing: Vec<&&str> = DIFFERENTIABLE.iter().filter(|n| !tested.contains(**n)).collect();
     assert!(missing.is_empty(), "declared differentiable, but without a case here: {missing:?}");
+}
+
+/// The gradient of the sum of `2·f(x)` under a rule for `f`.
+fn under_rule(op: UnaryOp, rule: GradientRule, x: &[f64]) -> Vec<f64> {
+    let mut b = Bench::new(DType::F64);
+    let v = b.given(&[x.len()], x.to_vec());
+    let y = b.op(Op::Unary(op), &[v])[0];
+    let two = b.floats(&[], &[2.0]);
+    let y = b.op(Op::Binary(BinaryOp::Mul), &[y, two])[0];
+    let sum = Op::Reduce { op: ReduceOp::Sum, keep_dims: false, noop_with_empty_axes: false };
+    let loss = b.op(sum, &[y])[0];
+    b.graph.infer().unwrap();
+    let options = DifferentiateOptions {
+        rules: vec![(Selector::Operator(op_name(op)), rule)],
+        ..DifferentiateOptions::default()
+    };
+    let gradient = differentiate(&mut b.graph, loss, &[v], &options).unwrap();
+    b.graph.outputs = vec![gradient[0].unwrap()];
+    b.graph.verify().unwrap();
+    let graph = b.graph.clone();
+    run(&graph, &b, &[x.to_vec()]).remove(0)
+}
+
+fn op_name(op: UnaryOp) -> String {
+    Op::Unary(op).name().to_owned()
+}
+
+#[test]
+fn rules_take_the_place_of_derivatives() {
+    // More than one byte of bits, and one that is not full.
+    let x: Vec<f64> = (0..19).map(|i| (i as f64 - 9.0) * 0.4).collect();
+    let passed =
+        |f: &dyn Fn(f64) -> bool| -> Vec<f64> { x.iter().map(|&v| if f(v) { 2.0 } else { 0.0 }).collect() };
+    let through = under_rule(UnaryOp::Sign, GradientRule::StraightThrough, &x);
+    assert_eq!(through, passed(&|_| true));
+    let within = GradientRule::StraightThroughWithin { min: -1.0, max: 2.0 };
+    assert_eq!(under_rule(UnaryOp::Round, within, &x), passed(&|v| v > -1.0 && v < 2.0));
+    let above = GradientRule::Mask(MaskRule::Above(-0.5));
+    assert_eq!(under_rule(UnaryOp::HardSwish, above, &x), passed(&|v| v > -0.5));
+    let between = GradientRule::Mask(MaskRule::Between(0.0, 3.0));
+    assert_eq!(under_rule(UnaryOp::HardSwish, between, &x), passed(&|v| v > 0.0 && v < 3.0));
+    // A mask is the derivative of a ReLU6 itself.
+    let six = UnaryOp::ClipTo { min: 0.0, max: 3.0 };
+    assert_eq!(under_rule(six, between, &x), under_rule(six, GradientRule::Exact, &x));
 }
 
 mod random_shapes {

@@ -1,7 +1,9 @@
 //! Attention and recurrent layers.
 
 use super::backward::{Backward, Step};
-use crate::{AttentionAttributes, Node, Op, RecurrentAttributes, RecurrentCell, TrainOp, ValueId};
+use crate::{
+    AttentionAttributes, Node, Op, RecurrentAttributes, RecurrentCell, Tensor, TrainOp, UnaryOp, ValueId,
+};
 
 pub(super) fn rule(b: &mut Backward<'_>, n: &Node, dy: &[Option<ValueId>]) -> Step {
     match &n.op {
@@ -27,7 +29,6 @@ pub(super) fn rule(b: &mut Backward<'_>, n: &Node, dy: &[Option<ValueId>]) -> St
 
 fn attention(b: &mut Backward<'_>, a: &AttentionAttributes, n: &Node, dy: &[Option<ValueId>]) -> Step {
     b.refuse_results(dy, 1)?;
-    b.refuse(3, "mask")?;
     let Some(dy) = dy.first().copied().flatten() else { return Ok(()) };
     if (4..n.inputs.len()).any(|i| n.input(i).is_some()) {
         return b.unsupported("attention over a cache has no gradient");
@@ -40,7 +41,59 @@ fn attention(b: &mut Backward<'_>, a: &AttentionAttributes, n: &Node, dy: &[Opti
             b.give(i, g)?;
         }
     }
-    Ok(())
+    if b.wants(3) { mask(b, a, n, dy) } else { Ok(()) }
+}
+
+/// `[batch, heads, sequence, size]`, whatever way the heads are packed.
+fn heads_apart(b: &mut Backward<'_>, v: ValueId, heads: usize) -> Step<ValueId> {
+    let dims = b.dims(v)?;
+    let [batch, sequence, width] = dims[..] else { return Ok(v) };
+    let apart = b.reshape(v, &[batch, sequence, heads, width.checked_div(heads).unwrap_or(0)])?;
+    b.transpose(apart, &[0, 2, 1, 3])
+}
+
+/// The gradient of what is added to the scores (a learned bias of positions): the scores spelled out, because it has
+/// their size anyway.
+fn mask(b: &mut Backward<'_>, a: &AttentionAttributes, n: &Node, dy: ValueId) -> Step {
+    let [q, k, v] = [b.node_input(n, 0)?, b.node_input(n, 1)?, b.node_input(n, 2)?];
+    let bias = b.node_input(n, 3)?;
+    let (q, k) = (heads_apart(b, q, a.q_num_heads)?, heads_apart(b, k, a.kv_num_heads)?);
+    let (v, g) = (heads_apart(b, v, a.kv_num_heads)?, heads_apart(b, dy, a.q_num_heads)?);
+    let (&[_, heads, queries, size], &[_, shared, keys, _]) = (&b.dims(q)?[..], &b.dims(k)?[..]) else {
+        return b.unsupported("its operands have neither 3 nor 4 dimensions");
+    };
+    let bias_dims = b.dims(bias)?;
+    if bias_dims.last().is_some_and(|&d| d != keys && d != 1) {
+        return b.unsupported("its mask talks of fewer keys than there are");
+    }
+    let repeated = |b: &mut Backward<'_>, v: ValueId| -> Step<ValueId> {
+        let [batch, _, rows, columns] = b.dims(v)?[..] else { return Ok(v) };
+        let group = heads.checked_div(shared).unwrap_or(1);
+        let one = b.reshape(v, &[batch, shared, 1, rows, columns])?;
+        let all = b.expand(one, &[batch, shared, group, rows, columns])?;
+        b.reshape(all, &[batch, heads, rows, columns])
+    };
+    let (k, v) = (repeated(b, k)?, repeated(b, v)?);
+    let scale = a.scale.unwrap_or(1.0 / (size as f32).sqrt());
+    let mut scores = b.matmul(q, k, (false, true), scale)?;
+    if a.softcap > 0.0 {
+        let cap = f64::from(a.softcap);
+        let small = b.scale(scores, 1.0 / cap)?;
+        let bent = b.unary(UnaryOp::Tanh, small)?;
+        scores = b.scale(bent, cap)?;
+    }
+    scores = b.add(scores, bias)?;
+    if a.causal {
+        let seen: Vec<bool> = (0..queries * keys).map(|i| i % keys <= i / keys).collect();
+        let seen = b.constant("grad/seen", Tensor::from_bools(&[queries, keys], &seen));
+        let hidden = b.scalar(f64::NEG_INFINITY, b.dtype(scores)?)?;
+        scores = b.select(seen, scores, hidden)?;
+    }
+    let p = b.emit(Op::Softmax { axis: -1, log: false }, &[scores])?;
+    let dp = b.matmul(g, v, (false, true), 1.0)?;
+    let ds = b.train(TrainOp::SoftmaxGrad { axis: -1, log: false }, &[p, dp])?;
+    let dbias = b.reduce_to(ds, &bias_dims)?;
+    b.give(3, dbias)
 }
 
 fn layer(
