@@ -62,6 +62,13 @@ pub enum Operand<'a> {
     Column(&'a [f32]),
     /// One value per row.
     Row(&'a [f32]),
+    /// Rows that `repeat` rows after each other share: row `i` reads the `n` values from `data[i / repeat * n]` on.
+    Shared {
+        /// The values.
+        data: &'a [f32],
+        /// Rows that share.
+        repeat: usize,
+    },
     /// A value of its own for each: row `i` starts at `data[i * stride]`.
     Full {
         /// The values.
@@ -161,6 +168,10 @@ pub fn elementwise(
                 assert!(data.len() >= rows, "operand has {} values for {rows} rows", data.len());
                 contiguous = false;
             }
+            Step::Binary(_, Operand::Shared { data, repeat }) => {
+                check_rows("operand", data.len(), rows.div_ceil((*repeat).max(1)), n, n);
+                contiguous = false;
+            }
             Step::Binary(_, Operand::Full { data, stride }) => {
                 check_rows("operand", data.len(), rows, n, *stride);
                 contiguous &= *stride == n;
@@ -200,6 +211,9 @@ pub fn elementwise(
                             Operand::Scalar(v) => (std::ptr::null(), v),
                             Operand::Row(data) => (std::ptr::null(), data[row]),
                             Operand::Column(data) => (data[first..].as_ptr(), 0.0),
+                            Operand::Shared { data, repeat } => {
+                                (data[row / repeat.max(1) * n + first..].as_ptr(), 0.0)
+                            }
                             Operand::Full { data, stride } => (data[row * stride + first..].as_ptr(), 0.0),
                         };
                         dispatch(isa, Combine { op, x, n: len, y, scalar });
@@ -219,12 +233,12 @@ mod tests {
 
     proptest! {
         #[test]
-        fn chains_agree_with_scalars(rows in 1usize..30, n in prop_oneof![1usize..50, 1000usize..2100], extra in 0usize..3, seed in 0u64..1000, in_place: bool, op in 0usize..8, kind in 0usize..4) {
+        fn chains_agree_with_scalars(rows in 1usize..30, n in prop_oneof![1usize..50, 1000usize..2100], extra in 0usize..3, seed in 0u64..1000, in_place: bool, op in 0usize..8, kind in 0usize..5) {
             let op = [Binary::Add, Binary::Sub, Binary::SubFrom, Binary::Mul, Binary::Div, Binary::DivInto, Binary::Min, Binary::Max][op];
             let stride = n + extra;
             let x = values(rows * stride, seed);
             let y = values(rows * stride, seed + 1);
-            let operand = [Operand::Scalar(0.7), Operand::Column(&y), Operand::Row(&y), Operand::Full { data: &y, stride }][kind];
+            let operand = [Operand::Scalar(0.7), Operand::Column(&y), Operand::Row(&y), Operand::Full { data: &y, stride }, Operand::Shared { data: &y, repeat: 3 }][kind];
             let steps = [Step::Binary(op, operand), Step::Unary(Activation::LeakyRelu { slope: 0.5 }), Step::Binary(Binary::Add, Operand::Scalar(1.0))];
             for isa in [Isa::Portable, Isa::Avx2, Isa::Avx512] {
                 let pool = ThreadPool::with_isa(2, isa);
@@ -232,7 +246,7 @@ mod tests {
                 elementwise(&pool, rows, n, (!in_place).then_some((&x[..], stride)), &steps, &mut out, stride);
                 for r in 0..rows {
                     for j in 0..n {
-                        let other = match kind { 0 => 0.7, 1 => y[j], 2 => y[r], _ => y[r * stride + j] };
+                        let other = match kind { 0 => 0.7, 1 => y[j], 2 => y[r], 3 => y[r * stride + j], _ => y[r / 3 * n + j] };
                         let v = op.reference(x[r * stride + j], other);
                         let want = Activation::LeakyRelu { slope: 0.5 }.reference(v) + 1.0;
                         prop_assert_eq!(out[r * stride + j], want);

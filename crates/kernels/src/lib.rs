@@ -41,6 +41,7 @@ mod pool;
 mod rope;
 mod routing;
 mod threads;
+pub mod training;
 
 pub use arch::Isa;
 pub use blocks::{

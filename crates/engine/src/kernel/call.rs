@@ -147,6 +147,7 @@ impl<'a> Call<'a> {
             Kernel::ByteMatMul { rows, k, n, bytes } => {
                 return self.byte_matmul(*rows, *k, *n, bytes, outputs);
             }
+            Kernel::Train(kernel) => return self.train(kernel, outputs, workspace),
             Kernel::Activate { activation } => {
                 let y = self.result(outputs)?;
                 if self.instruction.in_place == 0 {
@@ -159,16 +160,16 @@ impl<'a> Call<'a> {
         done.map_err(|e| EngineError::at(node, e))
     }
 
-    fn missing(&self, what: &str) -> EngineError {
+    pub(super) fn missing(&self, what: &str) -> EngineError {
         EngineError::Internal(format!("{}: {what} is missing", self.instruction.node.name))
     }
 
     /// Operand `index` as f32 elements.
-    fn f32(&self, index: usize) -> Result<&'a [f32], EngineError> {
+    pub(super) fn f32(&self, index: usize) -> Result<&'a [f32], EngineError> {
         self.optional_f32(index).ok_or_else(|| self.missing("an operand"))
     }
 
-    fn optional_f32(&self, index: usize) -> Option<&'a [f32]> {
+    pub(super) fn optional_f32(&self, index: usize) -> Option<&'a [f32]> {
         self.inputs.get(index).and_then(Option::as_ref).map(|v| bytemuck::cast_slice(v.bytes))
     }
 
@@ -276,6 +277,7 @@ impl<'a> Call<'a> {
                             Broadcast::Scalar => Operand::Scalar(data[0]),
                             Broadcast::Column => Operand::Column(data),
                             Broadcast::Row => Operand::Row(data),
+                            Broadcast::Shared(repeat) => Operand::Shared { data, repeat },
                             Broadcast::Full => Operand::Full { data, stride: n },
                         },
                     )

@@ -36,16 +36,16 @@ impl Lowered {
     }
 }
 
-fn dims_of(graph: &Graph, value: ValueId, dtype: DType) -> Option<Vec<usize>> {
+pub(super) fn dims_of(graph: &Graph, value: ValueId, dtype: DType) -> Option<Vec<usize>> {
     let t = graph.value(value).ty.tensor()?;
     (t.dtype == dtype).then(|| t.dims())?
 }
 
-fn f32_dims(graph: &Graph, node: &Node, operand: usize) -> Option<Vec<usize>> {
+pub(super) fn f32_dims(graph: &Graph, node: &Node, operand: usize) -> Option<Vec<usize>> {
     dims_of(graph, node.input(operand)?, DType::F32)
 }
 
-fn is_constant(graph: &Graph, node: &Node, operand: usize) -> bool {
+pub(super) fn is_constant(graph: &Graph, node: &Node, operand: usize) -> bool {
     node.input(operand).is_some_and(|v| graph.value(v).constant().is_some())
 }
 
@@ -109,12 +109,12 @@ fn conv_shape(graph: &Graph, node: &Node, a: &ConvAttributes) -> Option<ConvShap
 }
 
 /// One value per spatial axis; ones when none are given.
-fn pair(v: &[usize]) -> [usize; 2] {
+pub(super) fn pair(v: &[usize]) -> [usize; 2] {
     if v.len() == 2 { [v[0], v[1]] } else { [1, 1] }
 }
 
 /// The padding (top, left, bottom, right) of a window over a channels-last picture; `None` when it crops.
-fn window_pads(
+pub(super) fn window_pads(
     x: &[usize],
     kernel: [usize; 2],
     stride: [usize; 2],
@@ -129,7 +129,7 @@ fn window_pads(
 
 /// The shape of a channels-last convolution of `x` with weights `w` to `y`; `None` when it is not two-dimensional or
 /// crops.
-fn shape_of(x: &[usize], w: &[usize], y: &[usize], a: &ConvAttributes) -> Option<ConvShape> {
+pub(super) fn shape_of(x: &[usize], w: &[usize], y: &[usize], a: &ConvAttributes) -> Option<ConvShape> {
     if x.len() != 4 || w.len() != 4 {
         return None;
     }
@@ -177,6 +177,7 @@ pub(crate) fn lower(graph: &Graph, node: &Node, threads: usize, absorbed: &HashS
             .map(|activation| Lowered::generic(Kernel::Activate { activation })),
         _ => None,
     };
+    let special = special.or_else(|| super::training::lower(graph, node, threads));
     special.unwrap_or_else(|| Lowered::generic(Kernel::Generic))
 }
 
@@ -343,10 +344,18 @@ fn lower_chain(graph: &Graph, node: &Node) -> Option<Lowered> {
         full.extend_from_slice(d);
         let first = full.iter().position(|&x| x != 1)?;
         let last = full.iter().rposition(|&x| x != 1)?;
+        let ones = (0..full.len()).find(|&i| full[i] != result[i]).map_or(0..0, |start| {
+            let end = (start..full.len()).find(|&i| full[i] != 1).unwrap_or(full.len());
+            start..end
+        });
         let (way, n) = if full[first..] == result[first..] {
             (Broadcast::Column, result[first..].iter().product::<usize>())
         } else if full[..=last] == result[..=last] {
             (Broadcast::Row, result[last + 1..].iter().product::<usize>())
+        } else if full[ones.end..] == result[ones.end..] {
+            // Equal before and behind a run of ones.
+            let repeat = result[ones.clone()].iter().product();
+            (Broadcast::Shared(repeat), result[ones.end..].iter().product::<usize>())
         } else {
             return None;
         };

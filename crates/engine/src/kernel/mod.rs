@@ -3,6 +3,7 @@
 mod call;
 mod lower;
 mod packing;
+mod training;
 
 use lightering_graph::UnaryOp;
 use std::sync::Arc;
@@ -14,6 +15,7 @@ use crate::experts::ExpertsShape;
 pub(crate) use call::Call;
 pub(crate) use lower::{Lowered, absorbed_transposes, lower};
 pub(crate) use packing::{Packing, Scale};
+pub(crate) use training::TrainKernel;
 
 /// A kernel with everything that does not change between runs.
 #[derive(Clone, Debug)]
@@ -76,6 +78,8 @@ pub(crate) enum Kernel {
     ByteConv { shape: ConvShape, batch: usize, bytes: Arc<Bytes8>, columns: Columns },
     /// 8-bit matrix product with packed weights.
     ByteMatMul { rows: usize, k: usize, n: usize, bytes: Arc<Bytes8> },
+    /// A step of training: nothing of it is a constant.
+    Train(Box<TrainKernel>),
 }
 
 /// Which output channels a kernel computes, when a large weight is read in chunks of them.
@@ -108,6 +112,8 @@ pub(crate) enum Broadcast {
     Scalar,
     Column,
     Row,
+    /// Rows of `n` elements that this many rows of the result share.
+    Shared(usize),
     Full,
 }
 
@@ -172,6 +178,7 @@ impl Kernel {
             Kernel::ByteConv { shape, .. } if shape.is_depthwise() => "byte conv depthwise",
             Kernel::ByteConv { .. } => "byte conv",
             Kernel::ByteMatMul { .. } => "byte matmul",
+            Kernel::Train(kernel) => kernel.name(),
         }
     }
 
@@ -188,6 +195,7 @@ impl Kernel {
             Kernel::ByteConv { .. } | Kernel::ByteMatMul { .. } => 1.7,
             Kernel::BlockMatMul { .. } | Kernel::Experts { .. } => 1.0,
             Kernel::Language => 0.3,
+            Kernel::Train(kernel) => kernel.efficiency(),
             Kernel::Chain { .. }
             | Kernel::Softmax { .. }
             | Kernel::LayerNorm { .. }

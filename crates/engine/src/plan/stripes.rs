@@ -404,7 +404,7 @@ fn striped(instruction: &Instruction) -> Option<Striped> {
                     match way {
                         Broadcast::Full => operands[*operand] = Rows::Same,
                         Broadcast::Scalar | Broadcast::Column => {}
-                        Broadcast::Row => return None,
+                        Broadcast::Row | Broadcast::Shared(_) => return None,
                     }
                 }
             }

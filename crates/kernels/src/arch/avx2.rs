@@ -169,6 +169,20 @@ impl Simd for Avx2 {
         unsafe { _mm256_blendv_ps(b, a, m) }
     }
     #[inline(always)]
+    fn bits(self, m: __m256) -> u32 {
+        // SAFETY: as above.
+        unsafe { _mm256_movemask_ps(m) as u32 }
+    }
+    #[inline(always)]
+    fn mask(self, bits: u32) -> __m256 {
+        // SAFETY: as above.
+        unsafe {
+            let lane = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+            let chosen = _mm256_and_si256(_mm256_set1_epi32(bits as i32), lane);
+            _mm256_castsi256_ps(_mm256_cmpeq_epi32(chosen, lane))
+        }
+    }
+    #[inline(always)]
     fn sum(self, a: __m256) -> f32 {
         // SAFETY: as above.
         unsafe {

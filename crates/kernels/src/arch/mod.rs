@@ -181,6 +181,10 @@ pub trait Simd: Copy + Send + Sync + 'static {
     fn lt(self, a: Self::F, b: Self::F) -> Self::M;
     /// `m ? a : b`
     fn select(self, m: Self::M, a: Self::F, b: Self::F) -> Self::F;
+    /// The lanes of a mask as bits, the first in the lowest.
+    fn bits(self, m: Self::M) -> u32;
+    /// The mask whose lanes are these bits.
+    fn mask(self, bits: u32) -> Self::M;
     /// Sum of the lanes, in a fixed order.
     fn sum(self, a: Self::F) -> f32;
     /// Maximum of the lanes; NaN lanes may be dropped.

@@ -141,6 +141,14 @@ impl Simd for Portable {
         std::array::from_fn(|i| if m[i] { a[i] } else { b[i] })
     }
     #[inline(always)]
+    fn bits(self, m: [bool; N]) -> u32 {
+        m.iter().enumerate().fold(0, |bits, (i, &m)| bits | u32::from(m) << i)
+    }
+    #[inline(always)]
+    fn mask(self, bits: u32) -> [bool; N] {
+        std::array::from_fn(|i| bits >> i & 1 != 0)
+    }
+    #[inline(always)]
     fn sum(self, a: [f32; N]) -> f32 {
         ((a[0] + a[4]) + (a[2] + a[6])) + ((a[1] + a[5]) + (a[3] + a[7]))
     }
