@@ -363,6 +363,46 @@ impl Graph {
         }
     }
 
+    /// Appends the nodes of `other`, with `prefix` before every name. A value of `other` that `bound` names is that value of
+    /// this graph; other inputs, constants and states are copied. Returns the value here for each value of `other`. The
+    /// outputs of `other` do not become outputs, and its stores have to be those of this graph.
+    pub fn embed(
+        &mut self,
+        other: &Graph,
+        prefix: &str,
+        bound: &std::collections::HashMap<ValueId, ValueId>,
+    ) -> Vec<ValueId> {
+        let offset = self.nodes.len() as u32;
+        let mut here = Vec::with_capacity(other.values.len());
+        for (i, value) in other.values.iter().enumerate() {
+            let id = ValueId(i as u32);
+            if let Some(&v) = bound.get(&id) {
+                here.push(v);
+                continue;
+            }
+            let kind = match &value.kind {
+                ValueKind::Output { node, output } => {
+                    ValueKind::Output { node: NodeId(node.0 + offset), output: *output }
+                }
+                other => other.clone(),
+            };
+            here.push(self.push_value(format!("{prefix}{}", value.name), value.ty.clone(), kind));
+            if value.kind == ValueKind::Input && other.inputs.contains(&id) {
+                self.inputs.push(here[i]);
+            }
+        }
+        let renumber = |v: &Option<ValueId>| v.map(|v| here[v.index()]);
+        for node in &other.nodes {
+            self.nodes.push(node.as_ref().map(|n| Node {
+                name: format!("{prefix}{}", n.name),
+                op: n.op.clone(),
+                inputs: n.inputs.iter().map(renumber).collect(),
+                outputs: n.outputs.iter().map(renumber).collect(),
+            }));
+        }
+        here
+    }
+
     /// Drops tombstones and the values that nothing refers to; ids change.
     pub fn compact(&mut self) {
         let order: Vec<usize> = self.iter_nodes().map(|(id, _)| id.index()).collect();
