@@ -172,11 +172,14 @@ pub(crate) struct Program {
     pub experts: Option<Arc<ExpertSet>>,
 }
 
-/// A tensor that is written to the disk after one use and comes back as a weight for the next.
+/// A tensor that is written to the disk after one use and comes back as a weight for the next: later in the same run, or,
+/// if it is a state, in the next one.
 #[derive(Clone, Debug)]
 pub(crate) struct Spill {
     pub tensor: usize,
     pub weight: usize,
+    /// Number of the state whose home the disk is.
+    pub state: Option<usize>,
 }
 
 /// A tensor that is kept between runs, and what it holds before the first; zeros when nothing is said.

@@ -173,7 +173,8 @@ impl PartOfProgram {
                 Kernel::SpillStart(s) | Kernel::SpillEnd(s) => Some((2, program.spills[s].weight)),
                 _ => None,
             };
-            let updates = instruction.node.op.updated_states() > 0;
+            let updates = instruction.node.op.updated_states() > 0
+                || matches!(instruction.kernel, Kernel::SpillStart(s) | Kernel::SpillEnd(s) if program.spills[s].state.is_some());
             let wanted = spill.is_some_and(|s| needed.contains(&s))
                 || instruction
                     .outputs
@@ -281,8 +282,21 @@ impl Session {
             _ => None,
         };
         let loader = Loader::new(&program, &assignment, arena.clone(), sources)?;
-        for state in &program.states {
-            set_initial(&program, state, &assignment, &arena, loader.sources())?;
+        for (i, state) in program.states.iter().enumerate() {
+            let spill = program.spills.iter().position(|s| s.state == Some(i));
+            let mut initial = Initial::of(&program, state, loader.sources())?;
+            match (spill, &spiller) {
+                (Some(spill), Some(spiller)) => spiller.fill(spill, |piece| initial.next(piece))?,
+                _ => {
+                    let info = &program.tensors[state.tensor];
+                    let Storage::Buffer { buffer, offset } = info.storage else { continue };
+                    let start = assignment.buffer_offset[buffer] + offset;
+                    let place = arena.write(start..start + info.size_bytes());
+                    let mut place =
+                        place.map_err(|e| EngineError::Internal(format!("{}: {e}", info.name)))?;
+                    initial.next(&mut place)?;
+                }
+            }
         }
         let n = program.instructions.len();
         let (mut issue, mut needed) = (vec![Vec::new(); n], vec![Vec::new(); n]);
@@ -362,32 +376,45 @@ impl Session {
         })
     }
 
-    fn state(&self, name: &str) -> Result<Operand, EngineError> {
-        let found = self.program.states.iter().find(|s| *self.program.tensors[s.tensor].name == *name);
+    /// The state of this name, and the spill that is its home.
+    fn state(&self, name: &str) -> Result<(Operand, Option<usize>), EngineError> {
+        let states = &self.program.states;
+        let found = states.iter().position(|s| *self.program.tensors[s.tensor].name == *name);
         let state = found.ok_or_else(|| EngineError::Invalid(format!("there is no state {name:?}")))?;
-        Ok(self.program.whole(state.tensor))
+        let spill = self.program.spills.iter().position(|s| s.state == Some(state));
+        let operand = self.program.whole(states[state].tensor);
+        Ok((Operand { bytes: 0..self.program.tensors[operand.tensor].size_bytes(), ..operand }, spill))
     }
 
-    /// Lends the bytes of a state.
+    /// Lends the bytes of a state, in one or several pieces from the first to the last.
     ///
     /// # Errors
-    /// [`EngineError::Invalid`] when there is no such state.
-    pub fn read_state<R>(&self, name: &str, read: impl FnOnce(&[u8]) -> R) -> Result<R, EngineError> {
-        let operand = self.state(name)?;
-        Ok(read(&self.read(&operand)?))
+    /// [`EngineError::Invalid`] when there is no such state; [`EngineError::Spill`] when the disk fails where it waits.
+    pub fn read_state(&self, name: &str, read: &mut dyn FnMut(&[u8])) -> Result<(), EngineError> {
+        match (self.state(name)?, &self.spiller) {
+            ((_, Some(spill)), Some(spiller)) => spiller.read(spill, read),
+            ((operand, _), _) => {
+                read(&self.read(&operand)?);
+                Ok(())
+            }
+        }
     }
 
-    /// Lends the bytes of a state to be overwritten.
+    /// Lends the bytes of a state to be overwritten, in one or several pieces from the first to the last.
     ///
     /// # Errors
     /// As [`read_state`](Self::read_state).
-    pub fn write_state<R>(
-        &mut self,
-        name: &str,
-        write: impl FnOnce(&mut [u8]) -> R,
-    ) -> Result<R, EngineError> {
-        let operand = self.state(name)?;
-        Ok(write(&mut self.write(&operand)?))
+    pub fn write_state(&mut self, name: &str, write: &mut dyn FnMut(&mut [u8])) -> Result<(), EngineError> {
+        match (self.state(name)?, &self.spiller) {
+            ((_, Some(spill)), Some(spiller)) => spiller.fill(spill, |piece| {
+                write(piece);
+                Ok(())
+            }),
+            ((operand, _), _) => {
+                write(&mut self.write(&operand)?);
+                Ok(())
+            }
+        }
     }
 
     /// Runs the graph once: `feed` gives the inputs, `fetch` gets the outputs one after the other.
@@ -762,41 +789,59 @@ impl Session {
     }
 }
 
-/// Gives a state what it holds before the first run.
-fn set_initial(
-    program: &Program,
-    state: &StateInfo,
-    assignment: &plan::Assignment,
-    arena: &Arena,
-    sources: &[Arc<dyn ByteSource>],
-) -> Result<(), EngineError> {
-    let info = &program.tensors[state.tensor];
-    let (Some(initial), Storage::Buffer { buffer, offset }) = (&state.initial, &info.storage) else {
-        return Ok(());
-    };
-    let start = assignment.buffer_offset[*buffer] + offset;
-    let mut place = arena
-        .write(start..start + info.size_bytes())
-        .map_err(|e| EngineError::Internal(format!("{}: {e}", info.name)))?;
-    match initial {
-        Constant::Inline(tensor) => place.copy_from_slice(tensor.as_bytes()),
-        Constant::Stored(stored) => {
-            if stored.size.to_usize() != place.len() {
-                let problem =
-                    format!("{:?} takes {} bytes but {} are stored", info.name, place.len(), stored.size);
+/// What a state holds before the first run, piece by piece.
+struct Initial<'a> {
+    name: &'a str,
+    constant: Option<&'a Constant>,
+    source: Option<&'a Arc<dyn ByteSource>>,
+    at: usize,
+}
+
+impl<'a> Initial<'a> {
+    fn of(
+        program: &'a Program,
+        state: &'a StateInfo,
+        sources: &'a [Arc<dyn ByteSource>],
+    ) -> Result<Initial<'a>, EngineError> {
+        let info = &program.tensors[state.tensor];
+        let source = match &state.initial {
+            Some(Constant::Stored(stored)) if stored.size.to_usize() != info.size_bytes() => {
+                let problem = format!(
+                    "{:?} takes {} bytes but {} are stored",
+                    info.name,
+                    info.size_bytes(),
+                    stored.size
+                );
                 return Err(EngineError::Invalid(problem));
             }
-            let source = sources.get(stored.source.0 as usize).ok_or_else(|| {
-                EngineError::Internal(format!("{:?} is in a file that was not given", info.name))
-            })?;
-            source.read_at(stored.offset, &mut place).map_err(|error| EngineError::Io {
-                weight: info.name.to_string(),
-                source_name: source.name(),
-                error,
-            })?;
-        }
+            Some(Constant::Stored(stored)) => {
+                Some(sources.get(stored.source.0 as usize).ok_or_else(|| {
+                    EngineError::Internal(format!("{:?} is in a file that was not given", info.name))
+                })?)
+            }
+            _ => None,
+        };
+        Ok(Initial { name: &info.name, constant: state.initial.as_ref(), source, at: 0 })
     }
-    Ok(())
+
+    /// Fills `piece` with what comes next.
+    fn next(&mut self, piece: &mut [u8]) -> Result<(), EngineError> {
+        match (self.constant, self.source) {
+            (Some(Constant::Inline(tensor)), _) => {
+                piece.copy_from_slice(&tensor.as_bytes()[self.at..self.at + piece.len()]);
+            }
+            (Some(Constant::Stored(stored)), Some(source)) => {
+                source.read_at(stored.offset + self.at as u64, piece).map_err(|error| EngineError::Io {
+                    weight: self.name.to_owned(),
+                    source_name: source.name(),
+                    error,
+                })?;
+            }
+            _ => piece.fill(0),
+        }
+        self.at += piece.len();
+        Ok(())
+    }
 }
 
 /// For every weight that is read from the first instruction on: when its place is free of what the run before needs.

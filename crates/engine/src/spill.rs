@@ -8,7 +8,7 @@ use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::JoinHandle;
 
 use lightering_graph::{SourceId, StoredTensor};
-use lightering_tier::{ARENA_ALIGNMENT, Arena, SpillFile};
+use lightering_tier::{ARENA_ALIGNMENT, Arena, ByteSource, SpillFile};
 use lightering_units::Bytes;
 
 use crate::EngineError;
@@ -17,6 +17,9 @@ use crate::program::{Program, Storage, WeightOrigin};
 
 /// Stack of the writing thread; the pages through which it copies lie there.
 const WRITER_STACK_BYTES: usize = 256 << 10;
+
+/// Largest piece in which a state is read and written outside of runs.
+const PIECE_BYTES: usize = 64 << 10;
 
 struct Desk {
     file: Arc<SpillFile>,
@@ -78,7 +81,7 @@ fn places(program: &Program, assignment: &Assignment) -> (Vec<(Range<usize>, u64
             let info = &program.tensors[spill.tensor];
             let start = match info.storage {
                 Storage::Buffer { buffer, offset } => assignment.buffer_offset[buffer] + offset,
-                _ => 0,
+                _ => assignment.weight_offset[spill.weight],
             };
             let at = end + start as u64 % page;
             end = (at + info.size_bytes() as u64).next_multiple_of(page);
@@ -114,6 +117,41 @@ impl Spiller {
             .spawn(move || writer.write_until_closed(&queue))
             .map_err(EngineError::Memory)?;
         Ok((Spiller { desk, jobs: Some(jobs), thread: Some(thread) }, file))
+    }
+
+    /// Gives pieces of a tensor's place in the file to `piece` to be filled, and writes them.
+    pub fn fill(
+        &self,
+        spill: usize,
+        mut piece: impl FnMut(&mut [u8]) -> Result<(), EngineError>,
+    ) -> Result<(), EngineError> {
+        let (range, offset) = &self.desk.places[spill];
+        let mut buffer = vec![0u8; PIECE_BYTES];
+        let mut done = 0;
+        while done < range.len() {
+            // Pieces end where pages of the file do, because a write takes its pages for itself.
+            let head = (offset + done as u64) as usize % ARENA_ALIGNMENT;
+            let size = (range.len() - done).min(PIECE_BYTES - head);
+            piece(&mut buffer[..size])?;
+            self.desk.file.write_at(offset + done as u64, &buffer[..size]).map_err(EngineError::Spill)?;
+            done += size;
+        }
+        Ok(())
+    }
+
+    /// Reads a tensor from its place in the file, piece by piece.
+    pub fn read(&self, spill: usize, mut piece: impl FnMut(&[u8])) -> Result<(), EngineError> {
+        let (range, offset) = &self.desk.places[spill];
+        let mut buffer = vec![0u8; PIECE_BYTES];
+        let mut done = 0;
+        while done < range.len() {
+            let size = (range.len() - done).min(PIECE_BYTES);
+            let read = self.desk.file.read_at(offset + done as u64, &mut buffer[..size]);
+            read.map_err(EngineError::Spill)?;
+            piece(&buffer[..size]);
+            done += size;
+        }
+        Ok(())
     }
 
     /// Has a tensor written; it must stay as it is until [`Spiller::finish`].

@@ -145,7 +145,9 @@ pub(crate) fn activation_requests(program: &Program) -> Vec<(Owner, Request)> {
 fn earliest_issue(program: &Program) -> Vec<usize> {
     let mut earliest = vec![0; program.weights.len()];
     for (i, instruction) in program.instructions.iter().enumerate() {
-        if let Kernel::SpillEnd(spill) = instruction.kernel {
+        if let Kernel::SpillEnd(spill) = instruction.kernel
+            && program.spills[spill].state.is_none()
+        {
             earliest[program.spills[spill].weight] = i + 1;
         }
     }

@@ -304,6 +304,7 @@ pub(crate) fn plan(mut program: Program, options: &PlanOptions) -> Result<Layout
         // A little room for fragmentation, which the live bytes do not show.
         let room = limit.saturating_sub(limit / SPILL_ROOM);
         decisions.extend(spill::spill(&mut program, room, &rates));
+        decisions.extend(spill::stream_states(&mut program, room, &rates));
     }
     let found =
         fit(&program, budget, &rates).or_else(|shortage| shortage.look_further(&program, budget, &rates));

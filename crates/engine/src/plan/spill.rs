@@ -165,7 +165,7 @@ fn apply(program: &mut Program, gap: &Gap) {
         Arc::make_mut(&mut program.instructions[i]).inputs = inputs;
     }
     let spill = program.spills.len();
-    program.spills.push(Spill { tensor, weight });
+    program.spills.push(Spill { tensor, weight, state: None });
     let operand = program.whole(tensor);
     let instruction = |kernel: Kernel, word: &str| {
         Arc::new(Instruction {

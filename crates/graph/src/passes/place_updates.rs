@@ -1,5 +1,5 @@
 use super::Pass;
-use crate::{Graph, GraphError, NodeId, ValueKind};
+use crate::{Graph, GraphError, NodeId};
 
 /// Puts every node that overwrites a state right behind what it needs and behind the last reader of the old content, so
 /// that a gradient is used up and freed as soon as it is there (PockEngine, "early apply") and nobody reads too late.
@@ -28,9 +28,7 @@ impl Pass for PlaceUpdates {
             let mut before: Vec<NodeId> =
                 node.inputs.iter().flatten().filter_map(|&v| graph.producer(v)).collect();
             for state in node.inputs[..updated].iter().flatten() {
-                if matches!(graph.value(*state).kind, ValueKind::State(_)) {
-                    before.extend(consumers[state.index()].iter().copied().filter(|&c| c != id));
-                }
+                before.extend(consumers[state.index()].iter().copied().filter(|&c| c != id));
             }
             waiting.push((id, before));
         }
