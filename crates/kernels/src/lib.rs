@@ -34,6 +34,7 @@ mod int8;
 mod layout;
 mod math;
 mod matmul;
+mod noise;
 mod norm;
 pub mod ops;
 mod pack_rows;
@@ -68,6 +69,7 @@ pub use matmul::{
     AttentionMask, AttentionShape, HeadStrides, Matrices, attention, attention_scratch_len, matmul,
     matmul_scratch_len,
 };
+pub use noise::{Noise, add_noise};
 pub use norm::{layer_norm, rms_norm, softmax};
 pub use pack_rows::{pack_conv_rows, pack_kn_rows, pack_nk_rows};
 pub use pool::{PoolKind, PoolShape, global_average_pool, pool2d};
