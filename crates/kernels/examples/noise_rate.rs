@@ -4,7 +4,7 @@ use std::time::Instant;
 
 fn main() {
     let mut w = vec![0f32; 1 << 22];
-    for threads in [1, 2] {
+    for threads in [1usize, 2] {
         let pool = ThreadPool::new(threads);
         let mut best = f64::INFINITY;
         for key in 0..20 {

@@ -22,24 +22,26 @@ pub struct Noise {
     pub stream: u32,
 }
 
+/// Words stand in 64-bit lanes throughout: their products then need no widening and no narrowing.
 #[inline(always)]
 fn philox(key: [u32; 2], counter: [[u32; LANES]; 4]) -> [[u32; LANES]; 4] {
+    const LOW: u64 = 0xFFFF_FFFF;
     let (mut k0, mut k1) = (key[0], key[1]);
-    let [mut a, mut b, mut c, mut d] = counter;
+    let [mut a, mut b, mut c, mut d] = counter.map(|words| words.map(u64::from));
     for _ in 0..10 {
+        let (key0, key1) = (u64::from(k0), u64::from(k1));
         for l in 0..LANES {
-            let p = u64::from(a[l]) * 0xD251_1F53;
-            let q = u64::from(c[l]) * 0xCD9E_8D57;
-            let (b0, d0) = (b[l], d[l]);
-            a[l] = (q >> 32) as u32 ^ b0 ^ k0;
-            b[l] = q as u32;
-            c[l] = (p >> 32) as u32 ^ d0 ^ k1;
-            d[l] = p as u32;
+            let p = (a[l] & LOW) * 0xD251_1F53;
+            let q = (c[l] & LOW) * 0xCD9E_8D57;
+            a[l] = (q >> 32) ^ b[l] ^ key0;
+            b[l] = q & LOW;
+            c[l] = (p >> 32) ^ d[l] ^ key1;
+            d[l] = p & LOW;
         }
         k0 = k0.wrapping_add(0x9E37_79B9);
         k1 = k1.wrapping_add(0xBB67_AE85);
     }
-    [a, b, c, d]
+    [a, b, c, d].map(|words| words.map(|w| w as u32))
 }
 
 /// Natural logarithm of a number in `[2^-24, 1]`, to about 1e-7.
@@ -68,7 +70,8 @@ fn ln(x: f32) -> f32 {
 /// Sine and cosine of `2π·v` for `v` in `[0, 1)`.
 #[inline(always)]
 fn sin_cos_turns(v: f32) -> (f32, f32) {
-    let quarter = (v * 4.0 + 0.5) as i32;
+    // SAFETY: `v` is in [0, 1), so the number is in [0, 5).
+    let quarter = unsafe { (v * 4.0 + 0.5).to_int_unchecked::<i32>() };
     let x = (v * 4.0 - quarter as f32) * std::f32::consts::FRAC_PI_2;
     let z = x * x;
     let sin = x + x * z * (-1.666_665_5e-1 + z * (8.332_161e-3 + z * -1.951_529_6e-4));
