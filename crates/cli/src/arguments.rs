@@ -2,6 +2,7 @@
 
 mod convert;
 mod language;
+mod train;
 
 use crate::output::Output;
 use clap::{Args, Parser, Subcommand, ValueHint};
@@ -15,6 +16,7 @@ pub use language::{
     CacheFormatName, ChatArguments, DecoderArguments, ExpertArguments, GenerateArguments, LmCommand,
     LmSynthArguments, PerplexityArguments, ServeArguments,
 };
+pub use train::TrainArguments;
 
 /// Run AI models inside a memory budget that is planned, kept and proven.
 #[derive(Debug, Parser)]
@@ -60,6 +62,8 @@ pub enum Command {
     Plan(PlanArguments),
     /// Time a model: median and 95th percentile, predicted beside measured
     Bench(BenchArguments),
+    /// Train a model on your data, inside a budget
+    Train(TrainArguments),
     /// Continue a text with a language model, inside a budget
     Generate(GenerateArguments),
     /// Tell how well a language model foresees a text

@@ -4,6 +4,7 @@ use lightering_engine::EngineError;
 use lightering_graph::GraphError;
 use lightering_meter::MeterError;
 use lightering_tier::TierError;
+use lightering_train::TrainError;
 use lightering_units::Bytes;
 use std::fmt::Write as _;
 use std::io;
@@ -165,6 +166,7 @@ from_library!(
     EngineError,
     lightering_formats::Error,
     lightering_lm::Error,
+    TrainError,
     TierError
 );
 
@@ -180,6 +182,14 @@ fn exit_of(cause: &(dyn std::error::Error + 'static)) -> Option<Exit> {
         return Some(match error {
             TierError::TooFewSlots { .. } => Exit::Budget,
             TierError::Internal(_) => Exit::Internal,
+            _ => Exit::Input,
+        });
+    }
+    if let Some(error) = cause.downcast_ref() {
+        return Some(match error {
+            TrainError::Diverged { .. } => Exit::Missed,
+            TrainError::Budget(_) => Exit::Budget,
+            TrainError::Engine(error) => exit_of(error)?,
             _ => Exit::Input,
         });
     }

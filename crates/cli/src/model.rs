@@ -156,6 +156,17 @@ impl Model {
         })
     }
 
+    /// A graph that was built here; it holds its own weights.
+    pub fn of_graph(graph: Graph) -> Model {
+        Model {
+            graph,
+            sources: Vec::new(),
+            from_file: false,
+            producer: String::new(),
+            opsets: BTreeMap::new(),
+        }
+    }
+
     /// The operators that a model file uses, by name, each once.
     pub fn operators(path: &Path) -> Outcome<Vec<String>> {
         let file = ModelFile::open(path)?;
@@ -273,6 +284,52 @@ impl Model {
             failure.name_smallest(smallest);
         }
         failure
+    }
+
+    /// The stores of the weights.
+    pub fn sources(&self) -> &[Arc<dyn ByteSource>] {
+        &self.sources
+    }
+
+    /// The graph with inputs of these shapes, which may differ from the declared ones where these are symbolic, and in
+    /// their first dimension, the batch.
+    pub fn for_training(mut self, dims: &[Vec<usize>]) -> Outcome<Graph> {
+        let inputs = self.graph.inputs.clone();
+        if inputs.len() != dims.len() {
+            let names: Vec<_> = self.inputs().into_iter().map(|p| p.name).collect();
+            return Err(Failure::input(
+                format!(
+                    "the model has {} inputs ({}), the data has {}",
+                    inputs.len(),
+                    names.join(", "),
+                    dims.len()
+                ),
+                "a model whose inputs are the features of the data, in their order",
+            ));
+        }
+        let mut types = Vec::new();
+        for (&input, dims) in inputs.iter().zip(dims) {
+            let value = self.graph.value_mut(input);
+            let Some(declared) = value.ty.tensor().cloned() else { continue };
+            if let Some(shape) = &declared.shape
+                && let (Some(Dim::Fixed(own)), Some(&batch)) = (shape.first(), dims.first())
+                && *own != batch
+            {
+                let mut shape = shape.clone();
+                shape[0] = Dim::Fixed(batch);
+                value.ty = TensorType { dtype: declared.dtype, shape: Some(shape) }.into();
+            }
+            types.push((input, TensorType::fixed(declared.dtype, dims)));
+        }
+        // Types that were inferred for the declared batch no longer hold.
+        for value in &mut self.graph.values {
+            if matches!(value.kind, lightering_graph::ValueKind::Output { .. }) {
+                value.ty = ValueType::Unknown;
+            }
+        }
+        self.graph.bind(&types)?;
+        self.graph.infer()?;
+        Ok(self.graph)
     }
 
     /// Plans without allocating.

@@ -67,6 +67,18 @@ pub enum TrainError {
         /// The value.
         value: f32,
     },
+    /// The loss is no number any more.
+    #[error(
+        "step {step}: the loss is {loss} at a learning rate of {rate}; try a tenth of that rate, a warm-up, or --clip 1"
+    )]
+    Diverged {
+        /// The step.
+        step: u64,
+        /// The loss.
+        loss: f32,
+        /// Its learning rate.
+        rate: f32,
+    },
     /// Too many samples cannot be read.
     #[error("{place}: {broken} of {total} samples cannot be read, more than the {allowed_percent} % that are left out; the first: {}", .first.join("; "))]
     Broken {

@@ -18,6 +18,7 @@ mod run;
 mod serve;
 pub mod tier;
 mod tokenize;
+mod train;
 
 use crate::arguments::{Arguments, Command};
 use crate::container::{Container, refuse_what_is_no_graph};
@@ -46,6 +47,7 @@ pub fn run(arguments: Arguments) -> Outcome {
             refuse_what_is_no_graph(&arguments.model, "bench")?;
             bench::run(&arguments, output)
         }
+        Command::Train(arguments) => train::run(&arguments, output),
         Command::Generate(arguments) => generate::run(&arguments, output),
         Command::Perplexity(arguments) => perplexity::run(&arguments, output),
         Command::Chat(arguments) => chat::run(&arguments, output),

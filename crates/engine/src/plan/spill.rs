@@ -166,11 +166,17 @@ fn apply(program: &mut Program, gap: &Gap) {
     }
     let spill = program.spills.len();
     program.spills.push(Spill { tensor, weight, state: None });
+    insert_writing(program, spill, gap.before, gap.written);
+}
+
+/// Inserts what has a tensor written behind instruction `before`, and what waits for that at `written`.
+fn insert_writing(program: &mut Program, spill: usize, before: usize, written: usize) {
+    let tensor = program.spills[spill].tensor;
     let operand = program.whole(tensor);
     let instruction = |kernel: Kernel, word: &str| {
         Arc::new(Instruction {
             node: Arc::new(Node {
-                name: format!("{word} {}", program.buffers[gap.buffer].name),
+                name: format!("{word} {}", program.tensors[tensor].name),
                 op: Op::Unary(UnaryOp::Identity),
                 inputs: Vec::new(),
                 outputs: Vec::new(),
@@ -187,6 +193,90 @@ fn apply(program: &mut Program, gap: &Gap) {
     };
     let (start, end) =
         (instruction(Kernel::SpillStart(spill), "spill"), instruction(Kernel::SpillEnd(spill), "spilled"));
-    program.instructions.insert(gap.before + 1, start);
-    program.instructions.insert(gap.written + 1, end);
+    program.instructions.insert(before + 1, start);
+    program.instructions.insert(written + 1, end);
+}
+
+/// Gives states a home on the disk until no instruction needs more than `limit` bytes: each is read before its first use
+/// of a run and, if that changes it, written after the last.
+pub(super) fn stream_states(program: &mut Program, limit: usize, rates: &Rates) -> Vec<Decision> {
+    let n = program.instructions.len();
+    let mut spans: Vec<(usize, usize, usize)> = Vec::new();
+    for (state, info) in program.states.iter().enumerate() {
+        let Storage::Buffer { buffer, .. } = program.tensors[info.tensor].storage else { continue };
+        let used: Vec<usize> =
+            (0..n).filter(|&i| program.buffers_of(&program.instructions[i]).any(|b| b == buffer)).collect();
+        let whole = program.tensors.iter().all(|t| match t.storage {
+            Storage::Buffer { buffer: b, offset } => {
+                b != buffer || (offset == 0 && aligned(t.size_bytes()) == program.buffers[buffer].size)
+            }
+            _ => true,
+        });
+        if let (Some(first), Some(last)) = (used.first(), used.last())
+            && whole
+            && program.buffers[buffer].size >= SPILL_BYTES_MIN
+        {
+            spans.push((state, buffer, last - first));
+        }
+    }
+    // Large ones that are needed for a short time help most for what they cost.
+    spans.sort_by_key(|&(_, buffer, span)| std::cmp::Reverse(program.buffers[buffer].size / (span + 1)));
+    let (mut count, mut bytes) = (0, 0);
+    for (state, buffer, _) in spans {
+        if minimal_live(program).into_iter().all(|l| l <= limit) {
+            break;
+        }
+        count += 1;
+        bytes += program.buffers[buffer].size;
+        stream_state(program, state, buffer, rates);
+    }
+    if count == 0 {
+        return Vec::new();
+    }
+    vec![Decision {
+        technique: "states on the disk".to_owned(),
+        what: format!("{count} parameters and moments"),
+        bytes: Bytes(bytes as u64),
+        why: "are read before they are used and written once they have changed, while others compute"
+            .to_owned(),
+    }]
+}
+
+fn stream_state(program: &mut Program, state: usize, buffer: usize, rates: &Rates) {
+    let tensor = program.states[state].tensor;
+    let (size, weight) = (program.buffers[buffer].size, program.weights.len());
+    let stored = StoredTensor {
+        source: SourceId(u32::MAX),
+        offset: 0,
+        size: Bytes(program.tensors[tensor].size_bytes() as u64),
+    };
+    program.weights.push(Weight {
+        name: program.tensors[tensor].name.clone(),
+        origin: WeightOrigin::Stored(stored),
+        packing: Packing::Plain,
+        size,
+        spilled: true,
+    });
+    let in_buffer = |storage: &Storage| matches!(storage, Storage::Buffer { buffer: b, .. } if *b == buffer);
+    let writes =
+        |i: &Instruction| i.outputs.iter().flatten().any(|o| in_buffer(&program.tensors[o.tensor].storage));
+    let last_write = program.instructions.iter().rposition(|i| writes(i));
+    for tensor in &mut program.tensors {
+        if in_buffer(&tensor.storage) {
+            Arc::make_mut(tensor).storage = Storage::Weight(weight);
+        }
+    }
+    program.buffers[buffer].size = 0;
+    let spill = program.spills.len();
+    program.spills.push(Spill { tensor, weight, state: Some(state) });
+    if let Some(last) = last_write {
+        let mut written = last + 1;
+        let mut left = rates.writing(size);
+        while written < program.instructions.len() && left > 0.0 {
+            let i = &program.instructions[written];
+            left -= rates.cost(&i.kernel, &i.cost);
+            written += 1;
+        }
+        insert_writing(program, spill, last, written);
+    }
 }

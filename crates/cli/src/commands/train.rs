@@ -1,0 +1,337 @@
+//! `lighter train`
+
+use crate::arguments::TrainArguments;
+use crate::failure::{Exit, Failure, Outcome};
+use crate::model::{Means, Model, ModelSource, load_profile};
+use crate::output::{Output, Table};
+use crate::usage::Baseline;
+use anyhow::Context;
+use lightering_engine::{Decision, PlanOptions};
+use lightering_graph::TensorType;
+use lightering_graph::passes::BatchNormMode;
+use lightering_meter::{MemoryPool, process};
+use lightering_train::{
+    Architecture, Augmentation, Control, Epoch, Event, FitOptions, LABEL, Loader, LoaderOptions, Loss,
+    Mixing, OpenOptions, Optimizer, Schedule, Split, StepOptions, Trainer, export_onnx, fit, open,
+};
+use lightering_units::{Bytes, Seconds};
+use serde::Serialize;
+use std::fmt::Write as _;
+use std::path::{Path, PathBuf};
+
+/// `--json`
+#[derive(Debug, Serialize)]
+struct TrainReport {
+    schema: &'static str,
+    data: String,
+    parameters: usize,
+    steps: u64,
+    epochs: Vec<Epoch>,
+    test_loss: Option<f64>,
+    test_accuracy: Option<f64>,
+    losses: Vec<f32>,
+    step_seconds_median: Seconds,
+    predicted_step_seconds: Seconds,
+    budget_bytes: Option<Bytes>,
+    predicted_peak_bytes: Bytes,
+    peak_resident_bytes: Option<Bytes>,
+    fixed_bytes: Option<Bytes>,
+    bytes_spilled: Bytes,
+    decisions: Vec<Decision>,
+    seed: u64,
+    output: PathBuf,
+}
+
+/// What the words on the command line mean.
+struct Meant {
+    optimizer: Optimizer,
+    schedule: Schedule,
+    loss: Loss,
+    augmentation: Option<Augmentation>,
+    mixing: Option<Mixing>,
+}
+
+impl Meant {
+    fn of(arguments: &TrainArguments) -> Outcome<Meant> {
+        let learning = &arguments.learning;
+        let optimizer: Optimizer = learning.optimizer.parse()?;
+        let schedule = match &learning.lr {
+            Some(text) => text.parse()?,
+            None => format!("cosine:{},warmup=5%", optimizer.usual_rate).parse()?,
+        };
+        if let Some(clip) = learning.clip
+            && !(clip.is_finite() && clip > 0.0)
+        {
+            return Err(Failure::input(format!("--clip {clip} is no norm"), "a number above 0, such as 1"));
+        }
+        let samples = &arguments.samples;
+        Ok(Meant {
+            optimizer,
+            schedule,
+            loss: learning.loss.parse()?,
+            augmentation: samples.augment.as_deref().map(str::parse).transpose()?,
+            mixing: samples.mix.as_deref().map(str::parse).transpose()?,
+        })
+    }
+}
+
+/// Trains, watches, and writes the model.
+pub fn run(arguments: &TrainArguments, output: Output) -> Outcome {
+    let baseline = Baseline::now();
+    let meant = Meant::of(arguments)?;
+    let (resources, learning) = (&arguments.resources, &arguments.learning);
+    let profile = load_profile(resources.machine.as_deref())?;
+    let pool = MemoryPool::new(resources.memory);
+    let threads = resources.threads.unwrap_or_else(lightering_meter::host::cores);
+    let means = Means { threads, profile: &profile, pool: &pool, baseline: &baseline };
+
+    let path = Path::new(&arguments.model);
+    let file = if path.exists() || path.extension().is_some_and(|e| e == "onnx") {
+        Some(Model::open(&ModelSource::File(path.to_owned()))?)
+    } else {
+        None
+    };
+    let split = open_data(arguments, file.as_ref(), &pool)?;
+    let model = match file {
+        Some(model) => model,
+        None => new_model(arguments, &split)?,
+    };
+    if !output.quiet {
+        eprintln!("{}", split.found);
+    }
+    let batch = learning.batch as usize;
+    let features = split.train.features();
+    let mut dims: Vec<Vec<usize>> = Vec::new();
+    for feature in features.iter().filter(|f| f.name != LABEL) {
+        dims.push(std::iter::once(batch).chain(feature.dims.iter().copied()).collect());
+    }
+    let imported = model.graph().clone();
+    let sources = model.sources().to_vec();
+    let graph = model.for_training(&dims)?;
+    let loader_options = LoaderOptions {
+        batch,
+        seed: learning.seed,
+        augmentation: meant.augmentation,
+        mixing: meant.mixing,
+        epochs: Some(learning.epochs),
+        ..LoaderOptions::default()
+    };
+    let mut loader = Loader::new(split.train.clone(), loader_options, &pool)?;
+    let label = label_type(&loader, batch)?;
+    let step_options = StepOptions {
+        loss: meant.loss,
+        rule: meant.optimizer.rule,
+        decay_matrices_only: false,
+        clip: learning.clip,
+        batch_norm: if learning.freeze_statistics { BatchNormMode::Frozen } else { BatchNormMode::Train },
+        scheme: None,
+        differentiate: lightering_graph::DifferentiateOptions::default(),
+    };
+    let evaluator = lightering_engine::Evaluator::new(MemoryPool::unbounded(), sources.clone());
+    let step = lightering_train::build_step(&graph, &label, &evaluator, &step_options)?;
+    drop(graph);
+    let parameters = step.parameters.len();
+    let held = crate::model::held_beside(means, pool.used());
+    if arguments.plan {
+        return plan_only(arguments, &step, means, held, output);
+    }
+    let rule = meant.optimizer.rule;
+    let start = |plan: &PlanOptions| {
+        let plan = PlanOptions { spill: arguments.spill.clone(), ..plan.clone() };
+        Trainer::new(step.clone(), sources.clone(), &plan, rule, arguments.profile)
+    };
+    let (mut trainer, _) =
+        crate::model::within_budget(means, held, pool.used(), start, |trainer: &Trainer| trainer.plan())?;
+    drop(step);
+    draw(arguments, trainer.plan())?;
+
+    let steps = learning.steps.unwrap_or(u64::MAX).min(learning.epochs * loader.batches_per_epoch());
+    let progress = output.progress(steps.max(2));
+    let (mut losses, mut times) = (Vec::new(), Vec::new());
+    let options =
+        FitOptions { epochs: learning.epochs, schedule: meant.schedule.clone(), steps: learning.steps };
+    let mut table =
+        Table::new(&[">epoch", ">loss", ">accuracy", ">validation loss", ">accuracy", ">seconds"]);
+    let epochs =
+        fit(&mut trainer, &mut loader, &split.validation, batch, &options, &pool, &mut |_, event| {
+            match event {
+                Event::Step { step, loss, seconds, rate, .. } => {
+                    losses.push(*loss);
+                    times.push(seconds.0);
+                    progress.set_position(*step);
+                    progress.set_message(format!("loss {loss:.4}, rate {rate:.2e}, {seconds} a step"));
+                }
+                Event::Epoch(e) => {
+                    table.row(cells(e));
+                    if !output.quiet && !output.json {
+                        progress.suspend(|| eprintln!("{}", line(e)));
+                    }
+                }
+            }
+            Ok(Control::Continue)
+        })?;
+    progress.finish_and_clear();
+    let (mut test_loss, mut test_accuracy) = (None, None);
+    if let Some(test) = &split.test {
+        let (loss, accuracy) = lightering_train::evaluate(&mut trainer, test.clone(), batch, &pool)?;
+        (test_loss, test_accuracy) = (Some(loss), accuracy);
+    }
+    drop(loader);
+    let target = arguments.output.clone().unwrap_or_else(|| trained_name(path));
+    export_onnx(&trainer, &imported, &sources, &target)?;
+    times.sort_by(f64::total_cmp);
+    let measured = baseline.measured(Seconds(0.0), None, Bytes::ZERO);
+    let mut decisions = trainer.decisions().to_vec();
+    decisions.extend(trainer.plan().decisions.iter().cloned());
+    let report = TrainReport {
+        schema: "lightering.train/1",
+        data: split.found.clone(),
+        parameters,
+        steps: trainer.steps(),
+        epochs,
+        test_loss,
+        test_accuracy,
+        losses,
+        step_seconds_median: Seconds(times.get(times.len() / 2).copied().unwrap_or(0.0)),
+        predicted_step_seconds: trainer.plan().predicted_seconds,
+        budget_bytes: resources.memory,
+        predicted_peak_bytes: trainer.plan().predicted_peak,
+        peak_resident_bytes: process::memory().peak_resident,
+        fixed_bytes: measured.fixed_bytes,
+        bytes_spilled: trainer.session().bytes_spilled(),
+        decisions,
+        seed: learning.seed,
+        output: target,
+    };
+    output.result(&report, &text_of(&report, &table))?;
+    Ok(Exit::Done)
+}
+
+/// The type of a batch's labels.
+fn label_type(loader: &Loader, batch: usize) -> Outcome<TensorType> {
+    let label = loader.features().iter().find(|f| f.name == LABEL);
+    let label = label.ok_or_else(|| Failure::input("the data has no labels", "data with labels"))?;
+    let dims: Vec<usize> = std::iter::once(batch).chain(label.dims.iter().copied()).collect();
+    Ok(TensorType::fixed(label.dtype, &dims))
+}
+
+/// A network of a known architecture that fits the data.
+fn new_model(arguments: &TrainArguments, split: &Split) -> Outcome<Model> {
+    let architecture: Architecture = arguments.model.parse()?;
+    let features = split.train.features();
+    let (input, label) = match features {
+        [input, .., label] if label.name == LABEL => (input, label),
+        _ => return Err(Failure::input("the data has no labels", "data with labels")),
+    };
+    let outputs = match split.train.classes().len() {
+        0 => label.dims.iter().product::<usize>().max(1),
+        classes => classes,
+    };
+    Ok(Model::of_graph(architecture.build(input, label, outputs, None, arguments.learning.seed)?))
+}
+
+fn open_data(arguments: &TrainArguments, model: Option<&Model>, pool: &MemoryPool) -> Outcome<Split> {
+    let samples = &arguments.samples;
+    // A picture is as large as the model wants it, unless told otherwise.
+    let input = model.and_then(|m| m.inputs().into_iter().next());
+    let declared = input.and_then(|p| p.ty.tensor()?.shape.clone()).unwrap_or_default();
+    let fixed = |i: usize| declared.get(i).and_then(|d| d.fixed());
+    let own = fixed(2).zip(fixed(3)).filter(|_| declared.len() == 4);
+    let size = match (samples.size, own) {
+        (Some(size), _) => Some((size, size)),
+        (None, Some((h, w))) => Some((w as u32, h as u32)),
+        (None, None) => None,
+    };
+    let options = OpenOptions {
+        size,
+        channels: fixed(1).filter(|c| declared.len() == 4 && *c == 1).unwrap_or(3),
+        seed: arguments.learning.seed,
+        validation: samples.validation,
+        context: samples.context as usize,
+        label: samples.label.clone(),
+        pool: pool.clone(),
+        ..OpenOptions::default()
+    };
+    Ok(open(&arguments.data, &options)?)
+}
+
+fn plan_only(
+    arguments: &TrainArguments,
+    step: &lightering_train::Step,
+    means: Means<'_>,
+    held: Bytes,
+    output: Output,
+) -> Outcome {
+    let plan = crate::model::planned(means, held, |options| {
+        let options = PlanOptions { spill: arguments.spill.clone(), ..options.clone() };
+        let chosen = lightering_train::choose(step, &options)?;
+        let options = PlanOptions { spill: options.spill.clone().filter(|_| chosen.spill), ..options };
+        let mut plan = lightering_engine::plan_graph(&chosen.graph, &[], &options)?;
+        plan.decisions.splice(0..0, chosen.decisions);
+        Ok(plan)
+    })?;
+    draw(arguments, &plan)?;
+    output.result(&plan, &plan.to_string())?;
+    Ok(Exit::Done)
+}
+
+fn draw(arguments: &TrainArguments, plan: &lightering_engine::Plan) -> Outcome<()> {
+    if let Some(path) = &arguments.svg {
+        std::fs::write(path, plan.to_svg()).with_context(|| format!("writing {}", path.display()))?;
+    }
+    Ok(())
+}
+
+fn trained_name(model: &Path) -> PathBuf {
+    let stem = model.file_stem().map_or_else(|| "model".into(), |s| s.to_string_lossy().into_owned());
+    PathBuf::from(format!("{stem}-trained.onnx"))
+}
+
+fn percent(share: Option<f64>) -> String {
+    share.map_or_else(|| "-".to_owned(), |s| format!("{:.2} %", s * 100.0))
+}
+
+fn cells(e: &Epoch) -> [String; 6] {
+    [
+        (e.epoch + 1).to_string(),
+        format!("{:.4}", e.loss),
+        percent(e.accuracy),
+        format!("{:.4}", e.validation_loss),
+        percent(e.validation_accuracy),
+        format!("{:.1}", e.seconds.0),
+    ]
+}
+
+fn line(e: &Epoch) -> String {
+    let [epoch, loss, accuracy, validation_loss, validation, seconds] = cells(e);
+    format!(
+        "epoch {epoch}: loss {loss}, accuracy {accuracy}; validation loss {validation_loss}, accuracy {validation}; {seconds} s"
+    )
+}
+
+fn text_of(report: &TrainReport, table: &Table) -> String {
+    let mut text = table.text();
+    // Writing to a String cannot fail.
+    if let Some(loss) = report.test_loss {
+        let _ =
+            writeln!(text, "test              loss {loss:.4}, accuracy {}", percent(report.test_accuracy));
+    }
+    let _ = writeln!(
+        text,
+        "a step            {} (median of {}; {} predicted)",
+        report.step_seconds_median, report.steps, report.predicted_step_seconds
+    );
+    let beyond = report.peak_resident_bytes.zip(report.fixed_bytes).map(|(p, f)| p.saturating_sub(f));
+    let _ = writeln!(
+        text,
+        "memory            {} planned for the step, {} at the peak of the program{}",
+        report.predicted_peak_bytes,
+        beyond.map_or_else(|| "unknown".to_owned(), |b| b.to_string()),
+        report.budget_bytes.map_or_else(String::new, |b| format!(", of {b}"))
+    );
+    for d in &report.decisions {
+        let _ = writeln!(text, "{:<17} {} ({}): {}", d.technique, d.what, d.bytes, d.why);
+    }
+    let _ = writeln!(text, "written to        {}", report.output.display());
+    text
+}
