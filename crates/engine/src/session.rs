@@ -400,6 +400,36 @@ impl Session {
         }
     }
 
+    /// The operand of a part of a state that stays in memory.
+    fn state_part(&self, name: &str, start: usize, len: usize) -> Result<Operand, EngineError> {
+        let (whole, spill) = self.state(name)?;
+        let end = start.checked_add(len).filter(|end| *end <= whole.bytes.end && spill.is_none());
+        let end = end.ok_or_else(|| {
+            EngineError::Invalid(format!("{len} bytes from {start} on of state {name:?} are not in memory"))
+        })?;
+        Ok(Operand { bytes: start..end, ..whole })
+    }
+
+    /// Copies bytes of a state that stays in memory, from `start` on.
+    ///
+    /// # Errors
+    /// [`EngineError::Invalid`] when there is no such state, or no such part of it in memory.
+    pub fn read_state_part(&self, name: &str, start: usize, part: &mut [u8]) -> Result<(), EngineError> {
+        let operand = self.state_part(name, start, part.len())?;
+        part.copy_from_slice(&self.read(&operand)?);
+        Ok(())
+    }
+
+    /// Overwrites bytes of a state that stays in memory, from `start` on.
+    ///
+    /// # Errors
+    /// As [`read_state_part`](Self::read_state_part).
+    pub fn write_state_part(&mut self, name: &str, start: usize, part: &[u8]) -> Result<(), EngineError> {
+        let operand = self.state_part(name, start, part.len())?;
+        self.write(&operand)?.copy_from_slice(part);
+        Ok(())
+    }
+
     /// Lends the bytes of a state to be overwritten, in one or several pieces from the first to the last.
     ///
     /// # Errors

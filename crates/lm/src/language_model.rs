@@ -406,7 +406,7 @@ impl TokenModel for LanguageModel {
         for state in self.cached.iter().filter(|state| state.kind == kind) {
             let (part, rest) = bytes.split_at_mut(state.page_bytes);
             let start = page as usize * state.page_bytes;
-            self.session.read_state(&state.name, |all| part.copy_from_slice(&all[start..][..part.len()]))?;
+            self.session.read_state_part(&state.name, start, part)?;
             bytes = rest;
         }
         Ok(())
@@ -417,7 +417,7 @@ impl TokenModel for LanguageModel {
         for state in self.cached.iter().filter(|state| state.kind == kind) {
             let (part, rest) = bytes.split_at(state.page_bytes);
             let start = page as usize * state.page_bytes;
-            self.session.write_state(&state.name, |all| all[start..][..part.len()].copy_from_slice(part))?;
+            self.session.write_state_part(&state.name, start, part)?;
             bytes = rest;
         }
         Ok(())
