@@ -1,6 +1,7 @@
 //! Data sets: what a sample is, and the sources that samples come from.
 
 mod arrays;
+mod audio;
 mod bytes;
 mod cifar;
 mod idx;
@@ -17,6 +18,7 @@ use serde::{Deserialize, Serialize};
 use crate::{Random, TrainError};
 
 pub use arrays::ArrayDataset;
+pub use audio::{MelSpectrogram, Sound, SoundFolder};
 pub use cifar::Cifar;
 pub use idx::{IdxArray, IdxDataset, check_idx};
 pub use image_folder::ImageFolder;

@@ -11,8 +11,8 @@ use super::image_folder::{entries, is_picture, name_of, subfolders};
 use super::table::{self, TableOptions};
 use super::tokens::{TokenStore, Width, width_of};
 use super::{
-    ArrayDataset, Cifar, Dataset, IdxArray, IdxDataset, ImageFolder, Normalisation, Subset, TokenWindows,
-    cifar, idx, normalised, statistics,
+    ArrayDataset, Cifar, Dataset, IdxArray, IdxDataset, ImageFolder, Normalisation, SoundFolder, Subset,
+    TokenWindows, cifar, idx, normalised, statistics,
 };
 use crate::{Random, TrainError};
 
@@ -34,6 +34,10 @@ pub struct OpenOptions {
     pub context: usize,
     /// What a token of a plain text is.
     pub vocabulary: Vocabulary,
+    /// Bands of the spectrograms that sounds become.
+    pub bands: usize,
+    /// Length that sounds are cut or filled up to.
+    pub seconds: f32,
     /// The column of a table that holds the labels.
     pub label: String,
     /// Columns of a table that are left out.
@@ -54,6 +58,8 @@ impl Default for OpenOptions {
             validation: None,
             context: 128,
             vocabulary: Vocabulary::Characters,
+            bands: 40,
+            seconds: 1.0,
             label: super::LABEL.into(),
             without: Vec::new(),
             regression: false,
@@ -106,7 +112,7 @@ pub(super) struct Parts {
     pub found: String,
 }
 
-/// Opens the data at `path`, whatever it is: folders of pictures (also `train/` and `val/` or `test/`), IDX and CIFAR
+/// Opens the data at `path`, whatever it is: folders of sounds, of pictures (also `train/` and `val/` or `test/`), IDX and CIFAR
 /// files, tables (`.csv`, also `train.csv` and `test.csv` in a folder), `.npz` archives, text (`.txt`, `.md`) or token files (`.bin`), alone or as `train` and `val` or `test` in a folder.
 ///
 /// # Errors
@@ -148,6 +154,9 @@ fn find(path: &Path, options: &OpenOptions) -> Result<Parts, TrainError> {
         if let Some(parts) = picture_folders(path, options)? {
             return Ok(parts);
         }
+        if let Some(parts) = sounds(path, options)? {
+            return Ok(parts);
+        }
     } else if table::is_table(path) {
         let train = read_table(path, options, None)?;
         return Ok(Parts { train, validation: None, test: None, found: "table".into() });
@@ -161,7 +170,7 @@ fn find(path: &Path, options: &OpenOptions) -> Result<Parts, TrainError> {
     Err(TrainError::invalid(
         place,
         "no data set that is known",
-        "folders of pictures, IDX or CIFAR files, tables (.csv), a .npz archive, or text (.txt, .bin)",
+        "folders of pictures or sounds, IDX or CIFAR files, tables (.csv), a .npz archive, or text (.txt, .bin)",
     ))
 }
 
@@ -176,6 +185,20 @@ fn idx_files(folder: &Path, options: &OpenOptions) -> Result<Option<Parts>, Trai
         None => None,
     };
     Ok(Some(Parts { train: Arc::new(train), validation: None, test, found: "IDX files".into() }))
+}
+
+/// Sounds in a folder or in folders of classes, but not among other files.
+fn sounds(root: &Path, options: &OpenOptions) -> Result<Option<Parts>, TrainError> {
+    let mut there = entries(root)?.iter().any(|p| p.is_file() && super::audio::is_sound(p));
+    for folder in subfolders(root)? {
+        there = there || entries(&folder)?.iter().any(|p| super::audio::is_sound(p));
+    }
+    if !there {
+        return Ok(None);
+    }
+    let set = SoundFolder::open(root, options.bands, options.seconds)?;
+    let found = format!("sounds of {} Hz", set.rate());
+    Ok(Some(Parts { train: Arc::new(set), validation: None, test: None, found }))
 }
 
 fn cifar_files(folder: &Path, options: &OpenOptions) -> Result<Option<Parts>, TrainError> {
