@@ -332,11 +332,11 @@ impl Checkpoint {
         self.file.tensors.iter().filter(|t| t.name != CHECKSUM)
     }
 
-    /// Reads a tensor straight to its place.
+    /// The tensor of this name, which must have `size` bytes.
     ///
     /// # Errors
-    /// There is none of this name and size, or it cannot be read.
-    pub fn read(&self, name: &str, target: &mut [u8]) -> Result<(), TrainError> {
+    /// There is none of this name and size.
+    fn tensor(&self, name: &str, size: u64) -> Result<&SafetensorsTensor, TrainError> {
         let place = || self.path.display().to_string();
         let tensor = self.file.tensor(name).ok_or_else(|| {
             TrainError::invalid(
@@ -345,14 +345,31 @@ impl Checkpoint {
                 "a checkpoint of this model (was it made with other options?)",
             )
         })?;
-        if tensor.size.0 != target.len() as u64 {
+        if tensor.size.0 != size {
             return Err(TrainError::invalid(
                 place(),
                 format!("tensor {name:?} of {} (shape {:?})", tensor.size, tensor.shape),
-                format!("{} bytes, as this model has", target.len()),
+                format!("{size} bytes, as this model has"),
             ));
         }
-        self.source.read_at(tensor.offset, target).map_err(|e| TrainError::io(&self.path, e))
+        Ok(tensor)
+    }
+
+    /// Reads a tensor straight to its place.
+    ///
+    /// # Errors
+    /// There is none of this name and size, or it cannot be read.
+    pub fn read(&self, name: &str, target: &mut [u8]) -> Result<(), TrainError> {
+        self.read_part(name, target.len() as u64, 0, target)
+    }
+
+    /// Reads the bytes from `start` on of a tensor of `size` bytes.
+    ///
+    /// # Errors
+    /// There is none of this name and size, or it cannot be read.
+    pub fn read_part(&self, name: &str, size: u64, start: u64, part: &mut [u8]) -> Result<(), TrainError> {
+        let tensor = self.tensor(name, size)?;
+        self.source.read_at(tensor.offset + start, part).map_err(|e| TrainError::io(&self.path, e))
     }
 }
 

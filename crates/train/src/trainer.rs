@@ -1,19 +1,21 @@
 //! Planned training: the step inside its budget, one batch after the other.
 
 use std::collections::HashMap;
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use lightering_engine::{
     Decision, EngineError, Feed, OutputView, Part, Plan, PlanOptions, RunReport, RuntimeValue, Session,
     SessionOptions, plan_graph,
 };
+use lightering_formats::safetensors::NewTensor;
 use lightering_graph::passes::{ForwardPass, Pass, PlaceUpdates};
 use lightering_graph::{Graph, Tensor, TensorType, UpdateRule, ValueType};
 use lightering_tier::ByteSource;
 use lightering_units::{Bytes, Seconds};
 
-use crate::LABEL;
 use crate::step::{EVALUATION, LOSS, SCHEDULE, Step};
+use crate::{Checkpoint, Checkpoints, LABEL, TrainError, TrainState};
 
 /// Ways to recompute that are planned at most, each in full.
 const RECOMPUTATIONS_MAX: usize = 16;
@@ -278,6 +280,55 @@ impl Trainer {
             UpdateRule::Sgd { .. } | UpdateRule::Accumulate => (1.0, 1.0),
         };
         [rate, 1.0, first, second]
+    }
+
+    /// Writes a checkpoint: parameters, moments and tracked statistics, one after the other from where they are.
+    ///
+    /// # Errors
+    /// What the medium reports; older checkpoints are then as they were.
+    pub fn save(&self, checkpoints: &Checkpoints, state: &TrainState) -> Result<PathBuf, TrainError> {
+        let tensors: Vec<NewTensor> = self
+            .session
+            .states()
+            .map(|(name, ty)| NewTensor {
+                name: name.to_owned(),
+                dtype: ty.dtype,
+                dims: ty.dims().unwrap_or_default(),
+            })
+            .collect();
+        checkpoints.save(state, &tensors, &mut |tensor, out| {
+            let mut result = Ok(());
+            let read = self.session.read_state(&tensor.name, &mut |piece| {
+                if result.is_ok() {
+                    result = out.write_all(piece);
+                }
+            });
+            read.map_err(std::io::Error::other).and(result)
+        })
+    }
+
+    /// Goes back to where a checkpoint stands.
+    ///
+    /// # Errors
+    /// It is of another model or other options, or cannot be read; the trainer is then not to be used.
+    pub fn restore(&mut self, checkpoint: &Checkpoint) -> Result<(), TrainError> {
+        let states: Vec<(String, u64)> = self
+            .session
+            .states()
+            .map(|(name, ty)| (name.to_owned(), ty.size_bytes().unwrap_or(0) as u64))
+            .collect();
+        for (name, size) in states {
+            let (mut at, mut result) = (0, Ok(()));
+            self.session.write_state(&name, &mut |piece| {
+                if result.is_ok() {
+                    result = checkpoint.read_part(&name, size, at, piece);
+                    at += piece.len() as u64;
+                }
+            })?;
+            result?;
+        }
+        self.steps = checkpoint.state.step;
+        Ok(())
     }
 
     /// Names and types of everything that a checkpoint has to hold.

@@ -27,6 +27,26 @@ pub struct TrainArguments {
     /// Folder on a disk where tensors may wait that do not fit into the budget
     #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath, help_heading = "Budget and machine")]
     pub spill: Option<PathBuf>,
+    /// Keep what is needed to go on in this folder, after every epoch
+    #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath, help_heading = "Checkpoints and reports")]
+    pub checkpoints: Option<PathBuf>,
+    /// Also after so many steps
+    #[arg(long, value_name = "N", requires = "checkpoints", help_heading = "Checkpoints and reports")]
+    #[arg(value_parser = clap::value_parser!(u64).range(1..))]
+    pub checkpoint_every: Option<u64>,
+    /// Go on where the newest good checkpoint stands
+    #[arg(long, requires = "checkpoints", help_heading = "Checkpoints and reports")]
+    pub resume: bool,
+    /// Stop when the validation loss has not fallen for so many epochs
+    #[arg(long, value_name = "EPOCHS", help_heading = "Learning")]
+    #[arg(value_parser = clap::value_parser!(u64).range(1..))]
+    pub patience: Option<u64>,
+    /// Draw loss, accuracy, rate, speed and memory into this page while it goes on
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath, help_heading = "Checkpoints and reports")]
+    pub report: Option<PathBuf>,
+    /// Write event files for TensorBoard into this folder
+    #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath, help_heading = "Checkpoints and reports")]
+    pub events: Option<PathBuf>,
     /// Only plan: print what a step takes and what a budget makes of it
     #[arg(long)]
     pub plan: bool,

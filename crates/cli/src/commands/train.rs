@@ -1,5 +1,7 @@
 //! `lighter train`
 
+mod watch;
+
 use crate::arguments::TrainArguments;
 use crate::failure::{Exit, Failure, Outcome};
 use crate::model::{Means, Model, ModelSource, load_profile};
@@ -11,13 +13,14 @@ use lightering_graph::TensorType;
 use lightering_graph::passes::BatchNormMode;
 use lightering_meter::{MemoryPool, process};
 use lightering_train::{
-    Architecture, Augmentation, Control, Epoch, Event, FitOptions, LABEL, Loader, LoaderOptions, Loss,
-    Mixing, OpenOptions, Optimizer, Schedule, Split, StepOptions, Trainer, export_onnx, fit, open,
+    Architecture, Augmentation, Epoch, FitOptions, LABEL, Loader, LoaderOptions, Loss, Mixing, OpenOptions,
+    Optimizer, Schedule, Split, StepOptions, Trainer, export_onnx, fit, open,
 };
 use lightering_units::{Bytes, Seconds};
 use serde::Serialize;
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
+use watch::{Watch, percent};
 
 /// `--json`
 #[derive(Debug, Serialize)]
@@ -116,7 +119,7 @@ pub fn run(arguments: &TrainArguments, output: Output) -> Outcome {
         epochs: Some(learning.epochs),
         ..LoaderOptions::default()
     };
-    let mut loader = Loader::new(split.train.clone(), loader_options, &pool)?;
+    let mut loader = Loader::new(split.train.clone(), loader_options.clone(), &pool)?;
     let label = label_type(&loader, batch)?;
     let step_options = StepOptions {
         loss: meant.loss,
@@ -146,31 +149,31 @@ pub fn run(arguments: &TrainArguments, output: Output) -> Outcome {
     draw(arguments, trainer.plan())?;
 
     let steps = learning.steps.unwrap_or(u64::MAX).min(learning.epochs * loader.batches_per_epoch());
-    let progress = output.progress(steps.max(2));
-    let (mut losses, mut times) = (Vec::new(), Vec::new());
     let options =
         FitOptions { epochs: learning.epochs, schedule: meant.schedule.clone(), steps: learning.steps };
-    let mut table =
-        Table::new(&[">epoch", ">loss", ">accuracy", ">validation loss", ">accuracy", ">seconds"]);
-    let epochs =
-        fit(&mut trainer, &mut loader, &split.validation, batch, &options, &pool, &mut |_, event| {
-            match event {
-                Event::Step { step, loss, seconds, rate, .. } => {
-                    losses.push(*loss);
-                    times.push(seconds.0);
-                    progress.set_position(*step);
-                    progress.set_message(format!("loss {loss:.4}, rate {rate:.2e}, {seconds} a step"));
-                }
-                Event::Epoch(e) => {
-                    table.row(cells(e));
-                    if !output.quiet && !output.json {
-                        progress.suspend(|| eprintln!("{}", line(e)));
-                    }
-                }
-            }
-            Ok(Control::Continue)
-        })?;
-    progress.finish_and_clear();
+    let title = format!("{} on {}", arguments.model, arguments.data.display());
+    let per_epoch = loader.batches_per_epoch();
+    let mut watch = Watch::new(arguments, output, title, meant.schedule.to_string(), steps, per_epoch)?;
+    if arguments.resume {
+        let start = watch.resume(&mut trainer)?;
+        // The buffers of the loader that will not be used first.
+        drop(loader);
+        loader = Loader::new(split.train.clone(), LoaderOptions { start, ..loader_options }, &pool)?;
+    }
+    let fitted =
+        fit(&mut trainer, &mut loader, &split.validation, batch, &options, &pool, &mut |trainer, event| {
+            watch.note(trainer, event)
+        });
+    watch.finish()?;
+    let epochs = fitted.map_err(|error| {
+        let hint = watch.last_checkpoint().map(|last| format!("--resume, from {last}"));
+        let failure = Failure::from(error);
+        match hint {
+            Some(hint) => failure.or_hint(hint),
+            None => failure,
+        }
+    })?;
+    let Watch { losses, mut times, table, .. } = watch;
     let (mut test_loss, mut test_accuracy) = (None, None);
     if let Some(test) = &split.test {
         let (loss, accuracy) = lightering_train::evaluate(&mut trainer, test.clone(), batch, &pool)?;
@@ -285,28 +288,6 @@ fn draw(arguments: &TrainArguments, plan: &lightering_engine::Plan) -> Outcome<(
 fn trained_name(model: &Path) -> PathBuf {
     let stem = model.file_stem().map_or_else(|| "model".into(), |s| s.to_string_lossy().into_owned());
     PathBuf::from(format!("{stem}-trained.onnx"))
-}
-
-fn percent(share: Option<f64>) -> String {
-    share.map_or_else(|| "-".to_owned(), |s| format!("{:.2} %", s * 100.0))
-}
-
-fn cells(e: &Epoch) -> [String; 6] {
-    [
-        (e.epoch + 1).to_string(),
-        format!("{:.4}", e.loss),
-        percent(e.accuracy),
-        format!("{:.4}", e.validation_loss),
-        percent(e.validation_accuracy),
-        format!("{:.1}", e.seconds.0),
-    ]
-}
-
-fn line(e: &Epoch) -> String {
-    let [epoch, loss, accuracy, validation_loss, validation, seconds] = cells(e);
-    format!(
-        "epoch {epoch}: loss {loss}, accuracy {accuracy}; validation loss {validation_loss}, accuracy {validation}; {seconds} s"
-    )
 }
 
 fn text_of(report: &TrainReport, table: &Table) -> String {
