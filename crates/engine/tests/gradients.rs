@@ -1,11 +1,12 @@
 //! Every derivative against central differences, through the interpreter.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashMap};
 
-use lightering_engine::{RuntimeValue, interpret};
+use lightering_engine::{Evaluator, PlanOptions, RuntimeValue, Session, SessionOptions, interpret};
+use lightering_graph::passes::Pipeline;
 use lightering_graph::*;
 use lightering_kernels::ThreadPool;
-use lightering_meter::MemoryPool;
+use lightering_meter::{MachineProfile, MemoryPool};
 
 /// A graph under test and the values of its parameters.
 struct Bench {
@@ -1023,6 +1024,79 @@ fn every_differentiable_operator_agrees_with_differences() {
     assert!(failed.is_empty(), "{} cases failed: {failed:#?}", failed.len());
     let missing: Vec<&&str> = DIFFERENTIABLE.iter().filter(|n| !tested.contains(**n)).collect();
     assert!(missing.is_empty(), "declared differentiable, but without a case here: {missing:?}");
+}
+
+/// Every case in the type that is trained in: by the interpreter and as a planned step, after the passes.
+#[test]
+fn planned_steps_in_single_precision_agree() {
+    let evaluator = Evaluator::new(MemoryPool::unbounded(), Vec::new());
+    let (mut failed, mut compared) = (Vec::new(), 0);
+    for (name, precision, build) in &all_cases().0 {
+        if name == "Cast" {
+            continue;
+        }
+        let gradients = |dtype: DType| {
+            let mut bench = Bench::new(dtype);
+            let results = build(&mut bench);
+            let loss = with_loss(&mut bench, &results);
+            let mut graph = bench.graph.clone();
+            let wrt: Vec<ValueId> = bench.given.iter().map(|(v, _)| *v).collect();
+            let made = differentiate(&mut graph, loss, &wrt, &DifferentiateOptions::default()).unwrap();
+            // Several parameters may share one gradient, which a graph gives out once.
+            graph.outputs = vec![loss];
+            for v in made.into_iter().flatten() {
+                if !graph.outputs.contains(&v) {
+                    graph.outputs.push(v);
+                }
+            }
+            let values: Vec<Vec<f64>> = bench.given.iter().map(|(_, v)| v.clone()).collect();
+            let found = run(&graph, &bench, &values);
+            (bench, graph, values, found)
+        };
+        let close = |a: &[Vec<f64>], b: &[Vec<f64>], tolerance: f64| {
+            a.iter().zip(b).all(|(a, b)| {
+                let size = b.iter().fold(1.0f64, |m, v| m.max(v.abs()));
+                a.len() == b.len() && a.iter().zip(b).all(|(a, b)| (a - b).abs() <= tolerance * size)
+            })
+        };
+        let (_, _, _, double) = gradients(precision.dtype);
+        let (bench, mut graph, values, single) = gradients(DType::F32);
+        if !close(&single, &double, 1e-4) {
+            failed.push(format!("{name}: {single:?} in single precision, {double:?} in double"));
+            continue;
+        }
+        let outputs: Vec<String> = graph.outputs.iter().map(|&v| graph.value(v).name.clone()).collect();
+        Pipeline::after_differentiation(&evaluator).run(&mut graph).unwrap();
+        let after: Vec<String> = graph.outputs.iter().map(|&v| graph.value(v).name.clone()).collect();
+        assert_eq!(outputs, after, "{name}");
+        let options = SessionOptions::new(PlanOptions::new(MachineProfile::conservative(), 2));
+        let planned = Session::new(&graph, Vec::new(), &options).and_then(|mut session| {
+            let mut feed: HashMap<String, RuntimeValue> = bench
+                .given
+                .iter()
+                .zip(&values)
+                .map(|((v, _), values)| {
+                    let value = bench.graph.value(*v);
+                    let dims = value.ty.tensor().unwrap().dims().unwrap();
+                    (value.name.clone(), tensor(DType::F32, &dims, values).into())
+                })
+                .collect();
+            session.run_to_values(&mut feed)
+        });
+        match planned {
+            Ok(values) => {
+                let planned: Vec<Vec<f64>> =
+                    values.iter().map(|v| v.tensor().unwrap().to_f64s().unwrap()).collect();
+                if !close(&planned, &single, 1e-4) {
+                    failed.push(format!("{name}: {planned:?} planned, {single:?} interpreted"));
+                }
+                compared += 1;
+            }
+            Err(e) => failed.push(format!("{name}: {e}")),
+        }
+    }
+    assert!(failed.is_empty(), "{} failed, {compared} compared:\n{}", failed.len(), failed.join("\n"));
+    assert!(compared > 300, "{compared} cases were compared");
 }
 
 /// The gradient of the sum of `2·f(x)` under a rule for `f`.
