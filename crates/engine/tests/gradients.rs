@@ -7,6 +7,7 @@ use lightering_graph::passes::Pipeline;
 use lightering_graph::*;
 use lightering_kernels::ThreadPool;
 use lightering_meter::{MachineProfile, MemoryPool};
+use lightering_units::BlockFormat;
 
 /// A graph under test and the values of its parameters.
 struct Bench {
@@ -957,6 +958,30 @@ fn sequences(c: &mut Cases) {
     }
 }
 
+fn language(c: &mut Cases) {
+    // Operators of language models are of single precision, and linear in what a gradient is asked for.
+    let precision = Precision { dtype: DType::F32, step: 1.0, tolerance: 1e-4 };
+    c.with("BlockMatMul", precision, |b| {
+        let (x, bias) = (b.p(&[3, 4], -1.0, 1.0), b.p(&[5], -1.0, 1.0));
+        let w: Vec<u8> = (0..20).flat_map(|_| (2.0 * b.random() as f32 - 1.0).to_le_bytes()).collect();
+        let w = b.constant(Tensor::from_slice(&[5, 16], &w));
+        b.op(Op::Lm(Box::new(LmOp::BlockMatMul { format: BlockFormat::F32 })), &[x, w, bias])
+    });
+    for interleaved in [false, true] {
+        c.with(format!("Rope {interleaved}"), precision, move |b| {
+            let x = b.p(&[3, 12], -1.0, 1.0);
+            let angles: Vec<f64> = (0..6).map(|i| i as f64 * 0.7).collect();
+            let row = |at: usize| {
+                let part = &angles[2 * at..2 * at + 2];
+                part.iter().map(|a| a.cos()).chain(part.iter().map(|a| a.sin())).collect::<Vec<f64>>()
+            };
+            let all: Vec<f64> = (0..3).flat_map(row).collect();
+            let angles = b.floats(&[3, 4], &all);
+            b.op(Op::Lm(Box::new(LmOp::Rope { heads: 2, offset: 1, interleaved })), &[x, angles])
+        });
+    }
+}
+
 fn losses(c: &mut Cases) {
     for reduction in [LossReduction::None, LossReduction::Mean, LossReduction::Sum] {
         for (weighted, ignore_index) in [(false, None), (true, None), (false, Some(2)), (true, Some(-1))] {
@@ -1008,6 +1033,7 @@ fn all_cases() -> Cases {
     resampling(&mut c);
     sequences(&mut c);
     losses(&mut c);
+    language(&mut c);
     c
 }
 

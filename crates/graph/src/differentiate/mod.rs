@@ -22,6 +22,7 @@
 
 mod backward;
 mod elementwise;
+mod language;
 mod linear;
 mod loss;
 mod movement;
@@ -216,6 +217,8 @@ pub const DIFFERENTIABLE: &[&str] = &[
     "BatchStatistics",
     "CrossEntropy",
     "ChannelSum",
+    "BlockMatMul",
+    "Rope",
 ];
 
 /// Names of the operators on floats whose derivative is zero wherever there is one: nothing passes them.
@@ -382,6 +385,7 @@ fn exact(b: &mut Backward<'_>, n: &Node, dy: &[Option<ValueId>]) -> Step {
         }
         Op::Resize(_) | Op::GridSample { .. } | Op::AffineGrid { .. } => resample::rule(b, n, dy),
         Op::NllLoss(_) | Op::SoftmaxCrossEntropyLoss(_) => loss::rule(b, n, dy),
+        Op::Lm(op) => language::rule(b, op, n, dy),
         Op::Train(op) => match &**op {
             TrainOp::CrossEntropy { .. } => loss::rule(b, n, dy),
             _ => norm::rule(b, n, dy),
