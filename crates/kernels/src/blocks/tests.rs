@@ -128,8 +128,15 @@ proptest! {
             dequantize_row(format, &bytes, &mut y);
             // The elements lie within 2 of zero. The searches for scales trade the largest error for the sum of squares,
             // which is that of rounding to evenly spaced values, a twelfth of the squared distance each.
-            if matches!(format, BlockFormat::Q4_K | BlockFormat::Q6_K) {
-                let step = if format == BlockFormat::Q4_K { 4.0 / 15.0 } else { 2.0 / 31.0 };
+            let step = match format {
+                BlockFormat::Q2_K => Some(4.0 / 3.0),
+                BlockFormat::Q3_K => Some(4.0 / 7.0),
+                BlockFormat::Q4_K => Some(4.0 / 15.0),
+                BlockFormat::Q5_K => Some(4.0 / 31.0),
+                BlockFormat::Q6_K => Some(2.0 / 31.0),
+                _ => None,
+            };
+            if let Some(step) = step {
                 let mean = x.iter().zip(&y).map(|(x, y)| (x - y) * (x - y)).sum::<f32>() / x.len() as f32;
                 prop_assert!(mean <= step * step / 12.0 * 1.1, "{format}: mean square {mean}");
                 return Ok(());

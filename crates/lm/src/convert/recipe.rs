@@ -55,13 +55,15 @@ impl fmt::Display for Recipe {
 
 /// The next wider format whose blocks fit into rows of this length.
 fn fitting(format: BlockFormat, row_len: u64) -> BlockFormat {
-    use BlockFormat::{F16, Q4_K, Q5_0, Q5_K, Q6_K, Q8_0};
+    use BlockFormat::{F16, Q2_K, Q3_K, Q4_0, Q4_K, Q5_0, Q5_1, Q5_K, Q6_K, Q8_0};
     let fits = |format: BlockFormat| row_len.is_multiple_of(format.block_len() as u64);
     let mut format = format;
     while !fits(format) {
         format = match format {
             Q4_K => Q5_0,
-            Q5_K | Q6_K => Q8_0,
+            Q2_K | Q3_K => Q4_0,
+            Q5_K => Q5_1,
+            Q6_K => Q8_0,
             _ => F16,
         };
     }
@@ -174,6 +176,8 @@ mod tests {
         assert_eq!(of(Recipe::Q4KM, "blk.6.ffn_down.weight", &[256, 8]), Q6_K);
         assert_eq!(formats(Recipe::Q4KM, 96), [Q8_0, Q5_0, Q5_0, Q5_0]);
         assert_eq!(formats(Recipe::Uniform(Q4_0), 40), [F16; 4]);
+        assert_eq!(formats(Recipe::Uniform(Q2_K), 96), [Q4_0; 4]);
+        assert_eq!(formats(Recipe::Uniform(Q5_K), 96), [Q5_1; 4]);
         assert_eq!(of(Recipe::Q4KM, "token_embd.weight", &[256, 8]), Q6_K);
         assert_eq!(of(Recipe::Q4KM, "blk.0.ffn_gate_inp.weight", &[256, 8]), F32);
         assert_eq!(of(Recipe::Uniform(Q8_0), "blk.0.attn_norm.weight", &[256]), F32);
