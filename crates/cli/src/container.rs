@@ -3,8 +3,9 @@
 use crate::failure::{Failure, Outcome};
 use lightering_formats::gguf::GgufFile;
 use lightering_formats::safetensors::{self, SafetensorsFile};
-use lightering_tier::{ByteSource, FileSource};
-use std::path::Path;
+use lightering_tier::{ByteSource, DirectFile, FileSource, JoinedSource};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 /// The kinds of model files.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -84,10 +85,73 @@ fn explained(error: lightering_formats::Error, format: &str) -> Failure {
     Failure::from(error).context(format!("reading a {format} file")).or_hint(hint)
 }
 
-/// Reads the header of a GGUF file.
+/// Most parts of a model.
+const PARTS_MAX: u64 = 1000;
+
+/// Reads the header of a GGUF file, of a model in parts those of all parts.
 pub fn read_gguf(path: &Path) -> Outcome<GgufFile> {
+    Ok(read_parts(path)?.0)
+}
+
+/// Reads the header of a GGUF file, and opens its bytes for direct reads; those of a model in parts are joined.
+pub fn open_gguf(path: &Path) -> Outcome<(GgufFile, Arc<dyn ByteSource>)> {
+    let (file, paths) = read_parts(path)?;
+    if let [only] = paths.as_slice() {
+        return Ok((file, Arc::new(DirectFile::open(only)?)));
+    }
+    let mut parts: Vec<Arc<dyn ByteSource>> = Vec::new();
+    for path in &paths {
+        parts.push(Arc::new(DirectFile::open(path)?));
+    }
+    Ok((file, Arc::new(JoinedSource::new(parts))))
+}
+
+fn read_parts(path: &Path) -> Outcome<(GgufFile, Vec<PathBuf>)> {
     let source = FileSource::open(path)?;
-    GgufFile::read(&source).map_err(|e| explained(e, "GGUF"))
+    let read = |source: &FileSource| GgufFile::read(source).map_err(|e| explained(e, "GGUF"));
+    let first = read(&source)?;
+    let paths = part_paths(path, &first)?;
+    if paths.len() == 1 {
+        return Ok((first, paths));
+    }
+    let (mut files, mut sizes) = (vec![first], vec![source.len_bytes()]);
+    for path in &paths[1..] {
+        let source = FileSource::open(path).map_err(|e| {
+            Failure::from(e).or_hint("all parts of the model side by side, as they were made")
+        })?;
+        sizes.push(source.len_bytes());
+        files.push(read(&source)?);
+    }
+    let parts = files.into_iter().zip(JoinedSource::starts(&sizes)).collect();
+    let file = GgufFile::joined(parts).map_err(|e| explained(e.within(path.display()), "GGUF"))?;
+    Ok((file, paths))
+}
+
+/// The files of a model, of which `path` has to be the first: `NAME-00001-of-00003.gguf` and so on.
+fn part_paths(path: &Path, file: &GgufFile) -> Outcome<Vec<PathBuf>> {
+    let count = file.metadata.get_u64("split.count")?.unwrap_or(1);
+    if count <= 1 {
+        return Ok(vec![path.to_owned()]);
+    }
+    let place = path.display();
+    if count > PARTS_MAX {
+        let message = format!("{place}: split.count is {count}; expected at most {PARTS_MAX}");
+        return Err(Failure::input(message, "the file as it was made"));
+    }
+    let number = file.metadata.get_u64("split.no")?.unwrap_or(0);
+    let name = path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+    let ending = |number: u64| format!("-{:05}-of-{count:05}.gguf", number.saturating_add(1));
+    let Some(stem) = name.strip_suffix(&ending(number)) else {
+        let message =
+            format!("{place}: is part {} of {count} of a model, but not called so", number.saturating_add(1));
+        return Err(Failure::input(message, format!("a name that ends in {}", ending(number))));
+    };
+    let part = |number: u64| path.with_file_name(format!("{stem}{}", ending(number)));
+    if number != 0 {
+        let message = format!("{place}: is part {} of {count} of a model; expected the first", number + 1);
+        return Err(Failure::input(message, part(0).display().to_string()));
+    }
+    Ok((0..count).map(part).collect())
 }
 
 /// Reads the header of a safetensors file.

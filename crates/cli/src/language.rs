@@ -1,7 +1,7 @@
 //! The one place where the command line opens a language model inside a budget.
 
 use crate::arguments::{CacheFormatName, DecoderArguments, ExpertArguments};
-use crate::container::{Container, read_gguf};
+use crate::container::{Container, open_gguf};
 use crate::failure::{Exit, Failure, Outcome};
 use crate::model::{Means, held_beside, planned, within_budget};
 use lightering_engine::{ExpertOptions, OpenTrace, Plan};
@@ -11,7 +11,7 @@ use lightering_lm::{
     CacheOptions, Decoder, DecoderOptions, HyperParameters, LanguageModel, Tokenizer, WindowCache,
 };
 use lightering_meter::Reservation;
-use lightering_tier::{ByteSource, DirectFile};
+use lightering_tier::ByteSource;
 use lightering_units::Bytes;
 use std::path::Path;
 use std::sync::Arc;
@@ -159,7 +159,7 @@ impl LanguageFile {
                 format!("lighter inspect {place}, which tells what it is"),
             ));
         }
-        let file = read_gguf(path)?;
+        let (file, source) = open_gguf(path)?;
         refuse_before_tokenizer(&file, memory)?;
         let hint = format!("lighter inspect {place}, which lists what the file says about it");
         let explained = |what: &str, error: lightering_lm::Error| {
@@ -167,7 +167,6 @@ impl LanguageFile {
         };
         let tokenizer =
             Tokenizer::from_gguf(&file.metadata).map_err(|e| explained("preparing its tokenizer", e))?;
-        let source: Arc<dyn ByteSource> = Arc::new(DirectFile::open(path)?);
         let parameters = HyperParameters::of(&file).map_err(|e| explained("reading its sizes", e))?;
         let context = arguments.context.map_or(parameters.context.min(CONTEXT_DEFAULT), |c| c as usize);
         let rows = (arguments.step_tokens as usize).max(wanted);

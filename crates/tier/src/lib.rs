@@ -19,6 +19,7 @@ mod code;
 mod direct;
 mod drive;
 mod error;
+mod joined;
 pub mod policy;
 #[cfg(target_os = "linux")]
 mod populate;
@@ -40,6 +41,7 @@ pub use code::make_code_resident;
 pub use direct::DirectFile;
 pub use drive::drive;
 pub use error::TierError;
+pub use joined::JoinedSource;
 pub use release::{keep_heap_small, release_freed_memory};
 pub use replay::{DiskModel, ReplayReport, replay, replay_load_on_demand};
 pub use scratch::ScratchFile;

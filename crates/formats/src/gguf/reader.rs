@@ -65,6 +65,55 @@ impl GgufFile {
         read(&mut cursor).map_err(|e| e.within(source.name()))
     }
 
+    /// One file of the parts of a model, with where each part begins when their bytes are joined. The metadata is that of
+    /// the first.
+    ///
+    /// # Errors
+    /// Parts that are not those of one model in order, or too few of them, as `split.no`, `split.count` and
+    /// `split.tensors.count` tell; a tensor in two parts.
+    pub fn joined(parts: Vec<(GgufFile, u64)>) -> Result<GgufFile> {
+        let count = parts.len() as u64;
+        let mut joined: Option<GgufFile> = None;
+        for (index, (mut part, start)) in parts.into_iter().enumerate() {
+            for (key, expected) in [("split.no", index as u64), ("split.count", count)] {
+                let found = part.metadata.get_u64(key)?;
+                if found != Some(expected) {
+                    let what = found.map_or("missing".to_owned(), |found| found.to_string());
+                    let place = format!("part {} of a model, {key}", index + 1);
+                    return Err(Error::invalid(place, what, expected));
+                }
+            }
+            for tensor in &mut part.tensors {
+                tensor.offset = tensor.offset.checked_add(start).ok_or_else(|| {
+                    Error::invalid(
+                        &tensor.name,
+                        format!("a part that begins at {start}"),
+                        "fewer than 2^64 bytes",
+                    )
+                })?;
+            }
+            match &mut joined {
+                None => joined = Some(part),
+                Some(all) => all.tensors.append(&mut part.tensors),
+            }
+        }
+        let mut all = joined.ok_or_else(|| Error::invalid("parts of a model", 0, "at least 1"))?;
+        if let Some(expected) = all.metadata.get_u64("split.tensors.count")?
+            && expected != all.tensors.len() as u64
+        {
+            let what = format!("{} tensors in all parts", all.tensors.len());
+            return Err(Error::invalid("split.tensors.count", what, expected));
+        }
+        let name = |i: &u32| all.tensors[*i as usize].name.as_str();
+        let mut by_name: Vec<u32> = (0..all.tensors.len() as u32).collect();
+        by_name.sort_by(|a, b| name(a).cmp(name(b)));
+        if let Some(pair) = by_name.windows(2).find(|pair| name(&pair[0]) == name(&pair[1])) {
+            return Err(Error::invalid(name(&pair[0]), "the tensor is in two parts", "one of each name"));
+        }
+        all.by_name = by_name;
+        Ok(all)
+    }
+
     /// The tensor with this name.
     pub fn tensor(&self, name: &str) -> Option<&GgufTensor> {
         let found = self.by_name.binary_search_by(|i| self.tensors[*i as usize].name.as_str().cmp(name));
