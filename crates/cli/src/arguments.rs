@@ -315,6 +315,12 @@ pub struct BenchArguments {
     /// Print the time of every node, measured beside predicted
     #[arg(long)]
     pub profile: bool,
+    /// Write a page with plots of a language model's run (.html), with nothing in it from elsewhere
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
+    pub report: Option<PathBuf>,
+    /// After the rounds, have a language model answer for so long, such as 60s, and warn when it gets slower
+    #[arg(long, value_name = "TIME", value_parser = parse_positive_seconds)]
+    pub sustained: Option<Seconds>,
     /// What is told about it.
     #[command(flatten)]
     pub receipt: ReceiptArguments,
@@ -416,6 +422,13 @@ fn parse_rate(text: &str) -> Result<BytesPerSecond, String> {
 
 fn parse_seconds(text: &str) -> Result<Seconds, String> {
     text.parse().map_err(|error: lightering_units::ParseUnitError| error.to_string())
+}
+
+fn parse_positive_seconds(text: &str) -> Result<Seconds, String> {
+    match parse_seconds(text)? {
+        Seconds(s) if s > 0.0 && s <= 86_400.0 => Ok(Seconds(s)),
+        _ => Err("expected more than 0 and at most 24 h, such as 60s".to_owned()),
+    }
 }
 
 fn parse_fraction(text: &str) -> Result<f64, String> {

@@ -1,6 +1,6 @@
 //! The commands for language models, by the real executable, on a small GGUF file that is written here.
 
-use lightering_formats::gguf::{Array, GgufWriter, Value};
+use lightering_formats::gguf::{Array, GgufFile, GgufWriter, Value};
 use lightering_units::BlockFormat;
 use std::io::Write;
 use std::path::PathBuf;
@@ -325,4 +325,110 @@ fn what_cannot_run_says_so_and_names_what_works() {
         };
         s.refused(arguments, &["qwen2.embedding_length", "lighter inspect model"]);
     }
+}
+
+#[test]
+fn benches_write_a_page_and_watch_their_speed() {
+    let s = Sandbox::new();
+    s.done(&["lm", "synth", "--like", "gemma-3-270m", "--tiny", "--output", "tiny.gguf"]);
+    let report = s.json(&[
+        "bench",
+        "tiny.gguf",
+        "--prompt-tokens",
+        "40",
+        "--tokens",
+        "30",
+        "--threads",
+        "1",
+        "--report",
+        "r.html",
+        "--sustained",
+        "0.3s",
+    ]);
+    let count: u64 =
+        report["token_histogram"].as_array().unwrap().iter().map(|b| b["count"].as_u64().unwrap()).sum();
+    assert_eq!(count, 3 * 30);
+    let windows = report["sustained"]["windows"].as_array().unwrap();
+    assert!(!windows.is_empty() && windows.iter().all(|w| w["tokens"].as_u64().unwrap() > 0), "{windows:?}");
+    let verdict = report["sustained"]["verdict"].as_str().unwrap();
+    assert!(["steady", "throttling", "noise"].contains(&verdict), "{verdict}");
+    let classes: u64 =
+        report["memory"].as_array().unwrap().iter().map(|m| m["bytes"].as_u64().unwrap()).sum();
+    assert_eq!(report["receipt"]["predicted"]["planned_bytes"].as_u64(), Some(classes));
+    let page = std::fs::read_to_string(s.path("r.html")).unwrap();
+    assert!(page.starts_with("<!doctype html>") && page.ends_with("</html>\n"));
+    assert!(!page.contains("http"), "everything is in the page");
+    for part in
+        ["tiny.gguf", "token to token", "cache of keys and values", "Sustained run", "Operators", "<svg"]
+    {
+        assert!(page.contains(part), "{part}");
+    }
+    s.refused(&["bench", "tiny.gguf", "--sustained", "0s"], &["60s"]);
+}
+
+/// Writes the model of `file` as `parts` files, as llama.cpp's gguf-split names them.
+fn split(s: &Sandbox, file: &str, stem: &str, parts: usize) {
+    let bytes = std::fs::read(s.path(file)).unwrap();
+    let whole = GgufFile::read(&bytes).unwrap();
+    let each = whole.tensors.len().div_ceil(parts);
+    for (number, tensors) in whole.tensors.chunks(each).enumerate() {
+        let mut writer = match number {
+            0 => GgufWriter::with_metadata(whole.metadata.clone()),
+            _ => GgufWriter::new(),
+        };
+        writer.set("split.no", Value::U16(number as u16)).unwrap();
+        writer.set("split.count", Value::U16(parts as u16)).unwrap();
+        writer.set("split.tensors.count", Value::I32(whole.tensors.len() as i32)).unwrap();
+        for t in tensors {
+            writer.tensor(&t.name, &t.dims, t.format).unwrap();
+        }
+        let mut data = writer.begin(Vec::new()).unwrap();
+        for t in tensors {
+            data.write(&bytes[t.offset as usize..][..t.size.0 as usize]).unwrap();
+        }
+        s.write(&format!("{stem}-{:05}-of-{parts:05}.gguf", number + 1), data.finish().unwrap());
+    }
+}
+
+#[test]
+fn models_in_parts_run_like_whole_ones() {
+    let s = Sandbox::new();
+    for name in ["llama-3.2-1b", "qwen3-30b-a3b"] {
+        s.done(&["lm", "synth", "--like", name, "--tiny", "--output", "whole.gguf"]);
+        split(&s, "whole.gguf", "m", 3);
+        let first = "m-00001-of-00003.gguf";
+        let mut answers = Vec::new();
+        for (model, memory) in [("whole.gguf", "64MiB"), (first, "64MiB"), (first, "3MiB")] {
+            let answer = s.json(&[
+                "generate",
+                model,
+                "Hello",
+                "--tokens",
+                "12",
+                "--ignore-end",
+                "--logprobs",
+                "3",
+                "--temperature",
+                "0",
+                "--context",
+                "64",
+                "--step-tokens",
+                "8",
+                "--memory",
+                memory,
+            ]);
+            answers.push(answer["tokens"].clone());
+        }
+        assert_eq!(answers[0], answers[1], "{name}");
+        assert_eq!(answers[0], answers[2], "{name}");
+        std::fs::remove_file(s.path("whole.gguf")).unwrap();
+    }
+    s.refused(&["generate", "m-00002-of-00003.gguf", "x"], &["part 2 of 3", "m-00001-of-00003.gguf"]);
+    std::fs::rename(s.path("m-00001-of-00003.gguf"), s.path("other.gguf")).unwrap();
+    s.refused(&["generate", "other.gguf", "x"], &["-00001-of-00003.gguf"]);
+    std::fs::rename(s.path("other.gguf"), s.path("m-00001-of-00003.gguf")).unwrap();
+    std::fs::copy(s.path("m-00003-of-00003.gguf"), s.path("m-00002-of-00003.gguf")).unwrap();
+    s.refused(&["generate", "m-00001-of-00003.gguf", "x"], &["part 2", "split.no"]);
+    std::fs::remove_file(s.path("m-00002-of-00003.gguf")).unwrap();
+    s.refused(&["generate", "m-00001-of-00003.gguf", "x"], &["m-00002-of-00003.gguf", "side by side"]);
 }

@@ -1,5 +1,8 @@
 //! `lighter bench` of a language model.
 
+mod report;
+mod sustained;
+
 use crate::arguments::BenchArguments;
 use crate::commands::bench::quantile;
 use crate::commands::run::{energy_model, profile_table};
@@ -10,6 +13,8 @@ use crate::output::Output;
 use crate::probe::Scramble;
 use crate::text_input::read_text;
 use crate::usage::{self, Baseline};
+use anyhow::Context;
+use lightering_engine::BufferKind;
 use lightering_kernels::Isa;
 use lightering_lm::{LanguageModel, MAX_TEXT_BYTES, Row, SoleSequence, StepReport, TokenModel};
 use lightering_meter::{EnergyMeter, MemoryPool, Receipt, Stopwatch, Tier};
@@ -18,10 +23,13 @@ use lightering_units::{Bytes, Seconds};
 use serde::Serialize;
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
+use sustained::Sustained;
 
 /// Rounds when nobody asks for a number: each reads a prompt and answers it.
 const RUNS_DEFAULT: u32 = 3;
 const WARMUP_DEFAULT: u32 = 1;
+/// Ranges of the histogram of times.
+const BUCKETS: usize = 40;
 
 /// `--json`
 #[derive(Debug, Serialize)]
@@ -34,8 +42,12 @@ struct LanguageBenchReport {
     tokens_per_second: f64,
     /// From the prompt to its last logits, each round.
     first_token_seconds: Vec<Seconds>,
+    /// The same over all rounds.
+    first_token: Percentiles,
     /// Time of one token of the answer, over all rounds.
     token_seconds: Percentiles,
+    /// How many of them took how long.
+    token_histogram: Vec<Bucket>,
     /// Share of the answers' time spent waiting for weights.
     stall_share: f64,
     /// Bytes read for one token of the answer.
@@ -44,6 +56,10 @@ struct LanguageBenchReport {
     bytes_read_per_prompt: f64,
     /// Bytes of weights that one token of the answer passes, wherever they are.
     weight_bytes_per_token: Bytes,
+    /// What is planned to lie in memory, by class.
+    memory: Vec<MemoryClass>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    sustained: Option<Sustained>,
     #[serde(skip_serializing_if = "Option::is_none")]
     experts: Option<Experts>,
     profile: Vec<NodeTime>,
@@ -56,6 +72,73 @@ struct Percentiles {
     p90: Seconds,
     p99: Seconds,
     max: Seconds,
+}
+
+impl Percentiles {
+    fn of(mut seconds: Vec<Seconds>) -> Percentiles {
+        seconds.sort_by(|a, b| a.0.total_cmp(&b.0));
+        Percentiles {
+            p50: quantile(&seconds, 0.5),
+            p90: quantile(&seconds, 0.9),
+            p99: quantile(&seconds, 0.99),
+            max: seconds.last().copied().unwrap_or_default(),
+        }
+    }
+}
+
+/// How many tokens took so long.
+#[derive(Debug, Serialize)]
+struct Bucket {
+    from: Seconds,
+    to: Seconds,
+    count: usize,
+}
+
+/// Equal ranges from the shortest time to the longest.
+fn histogram(seconds: &[Seconds]) -> Vec<Bucket> {
+    let low = seconds.iter().map(|s| s.0).fold(f64::INFINITY, f64::min);
+    let high = seconds.iter().map(|s| s.0).fold(0.0, f64::max);
+    if seconds.is_empty() {
+        return Vec::new();
+    }
+    let width = ((high - low) / BUCKETS as f64).max(1e-9);
+    let mut buckets: Vec<Bucket> = (0..BUCKETS)
+        .map(|i| Bucket {
+            from: Seconds(low + i as f64 * width),
+            to: Seconds(low + (i + 1) as f64 * width),
+            count: 0,
+        })
+        .collect();
+    for s in seconds {
+        // The cast drops the fraction.
+        buckets[(((s.0 - low) / width) as usize).min(BUCKETS - 1)].count += 1;
+    }
+    buckets
+}
+
+#[derive(Debug, Serialize)]
+struct MemoryClass {
+    class: &'static str,
+    bytes: Bytes,
+}
+
+/// What a plan puts into memory, and what is held beside it.
+fn memory_classes(model: &LanguageModel, held: Bytes) -> Vec<MemoryClass> {
+    let plan = model.plan();
+    let of = |kind: BufferKind| plan.buffers.iter().filter(|b| b.kind == kind).map(|b| b.size).sum::<Bytes>();
+    let (weights, cache) = (of(BufferKind::Weight), of(BufferKind::State));
+    let experts = of(BufferKind::Experts);
+    let rest = Bytes(plan.arena.0.saturating_sub((weights + cache + experts).0));
+    [
+        ("weights that stay", weights),
+        ("experts", experts),
+        ("cache of keys and values", cache),
+        ("activations, scratch and weights on their way", rest),
+        ("outside of the arena", plan.outside_arena),
+        ("tokenizer, graph and the choice of tokens", held),
+    ]
+    .map(|(class, bytes)| MemoryClass { class, bytes })
+    .into()
 }
 
 /// What the store of experts did over the timed rounds.
@@ -142,7 +225,8 @@ pub fn run(arguments: &BenchArguments, output: Output) -> Outcome {
     let prompt = prompt(arguments, &file, prompt_len)?;
     let threads = resources.threads.unwrap_or_else(lightering_meter::host::cores);
     let means = Means { threads, profile: &profile, pool: &pool, baseline: &baseline };
-    let Language { mut model, source, held, .. } = file.start(means, arguments.profile)?;
+    let Language { mut model, source, held, .. } =
+        file.start(means, arguments.profile || arguments.report.is_some())?;
     let load_seconds = load.elapsed();
     let planned = model.plan().predicted_peak + held;
     let fixed_assumed = baseline.fixed_cost_assumed(&profile, Bytes::ZERO);
@@ -167,12 +251,15 @@ pub fn run(arguments: &BenchArguments, output: Output) -> Outcome {
     }
     let energy = energy.finish();
     progress.finish_and_clear();
+    let sustained = match arguments.sustained {
+        Some(seconds) => Some(sustained_run(&mut model, prompt_len, count, seconds.0, output)?),
+        None => None,
+    };
 
     let tokens: Vec<StepReport> = rounds.iter().flat_map(|r| r.tokens.iter().copied()).collect();
     let mut all = StepReport::default();
     tokens.iter().for_each(|t| sum(&mut all, *t));
-    let mut sorted: Vec<Seconds> = tokens.iter().map(|t| t.seconds).collect();
-    sorted.sort_by(|a, b| a.0.total_cmp(&b.0));
+    let times: Vec<Seconds> = tokens.iter().map(|t| t.seconds).collect();
     let per_round = |r: &Round| r.tokens.len() as f64 / r.tokens.iter().map(|t| t.seconds.0).sum::<f64>();
     let answer_rate = median(rounds.iter().map(per_round).collect());
     let prompt_rate =
@@ -216,12 +303,11 @@ pub fn run(arguments: &BenchArguments, output: Output) -> Outcome {
         prompt_tokens_per_second: prompt_rate,
         tokens_per_second: answer_rate,
         first_token_seconds: rounds.iter().map(|r| r.prompt.seconds).collect(),
-        token_seconds: Percentiles {
-            p50: quantile(&sorted, 0.5),
-            p90: quantile(&sorted, 0.9),
-            p99: quantile(&sorted, 0.99),
-            max: sorted.last().copied().unwrap_or_default(),
-        },
+        first_token: Percentiles::of(rounds.iter().map(|r| r.prompt.seconds).collect()),
+        token_histogram: histogram(&times),
+        token_seconds: Percentiles::of(times),
+        memory: memory_classes(&model, held),
+        sustained,
         stall_share: all.stall.0 / all.seconds.0.max(1e-9),
         bytes_read_per_token: all.bytes_read.0 as f64 / answered,
         bytes_read_per_prompt: rounds.iter().map(|r| r.prompt.bytes_read.0 as f64).sum::<f64>()
@@ -231,9 +317,37 @@ pub fn run(arguments: &BenchArguments, output: Output) -> Outcome {
         profile: node_times(&model, &decode_times, tokens.len()),
         receipt,
     };
+    if let Some(path) = &arguments.report {
+        let name = arguments.model.file_name().map(|name| name.to_string_lossy().into_owned());
+        let page = report::html(&report, &name.unwrap_or_default());
+        std::fs::write(path, page).with_context(|| format!("writing {}", path.display()))?;
+    }
     output.result(&report, &text(&report, arguments.profile))?;
     usage::check_budget(&report.receipt)?;
     Ok(Exit::Done)
+}
+
+/// Answers for so long behind the prompt that is in the cache.
+fn sustained_run(
+    model: &mut LanguageModel,
+    prompt_len: usize,
+    count: usize,
+    seconds: f64,
+    output: Output,
+) -> Outcome<Sustained> {
+    let progress = output.progress(1);
+    progress.set_message(format!("running for {seconds} s"));
+    let mut next = 0u32;
+    let result = sustained::run(model, prompt_len, count, seconds, |model, sole, position| {
+        let row = sole.row(next, position, true);
+        model.step(&[row], &mut |_, logits| {
+            let best = logits.iter().enumerate().max_by(|a, b| a.1.total_cmp(b.1));
+            next = best.map_or(0, |(i, _)| i as u32);
+        })?;
+        Ok(())
+    });
+    progress.finish_and_clear();
+    result
 }
 
 /// The prompt: the beginning of a text, or tokens at random.
@@ -307,6 +421,17 @@ fn text(report: &LanguageBenchReport, profile: bool) -> String {
             e.slots,
             e.chunks,
             e.hit_rate * 100.0
+        );
+    }
+    if let Some(s) = &report.sustained {
+        let _ = writeln!(
+            text,
+            "lasting {:+.1} % a minute over {:.0} s in {} windows; the last third {:.1} % slower than the first: {}",
+            s.slope_per_minute * 100.0,
+            s.windows.last().map_or(0.0, |w| w.at_seconds),
+            s.windows.len(),
+            s.slowdown * 100.0,
+            s.verdict.text()
         );
     }
     text.push('\n');

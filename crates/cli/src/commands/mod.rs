@@ -22,7 +22,7 @@ mod train;
 
 use crate::arguments::{Arguments, Command};
 use crate::container::{Container, refuse_what_is_no_graph};
-use crate::failure::Outcome;
+use crate::failure::{Failure, Outcome};
 
 /// Runs the command that was typed.
 pub fn run(arguments: Arguments) -> Outcome {
@@ -45,6 +45,12 @@ pub fn run(arguments: Arguments) -> Outcome {
                 return bench_language::run(&arguments, output);
             }
             refuse_what_is_no_graph(&arguments.model, "bench")?;
+            if arguments.report.is_some() || arguments.sustained.is_some() {
+                return Err(Failure::input(
+                    "--report and --sustained are about language models; expected a model as .gguf",
+                    "--profile, or --json",
+                ));
+            }
             bench::run(&arguments, output)
         }
         Command::Train(arguments) => train::run(&arguments, output),
