@@ -4,14 +4,18 @@
 //! line per kernel: name, milliseconds, GFLOP/s or GB/s.
 
 use lightering_kernels::training::{
-    AdamRule, LossShape, Schedule, Target, TrainConv, Transposed, UnaryGrad, UpdatePlace, adam_step,
-    adam8_step, batch_scratch_len, batch_statistics, channel_sum, conv_forward, conv_forward_scratch_len,
-    conv_input_grad, conv_input_grad_scratch_len, conv_weight_grad, conv_weight_grad_scratch_len,
-    cross_entropy, cross_entropy_grad, layer_norm_grad, mask_above, mask_grad, norm_grad_scratch_len,
-    normalise, normalise_grad, product, product_scratch_len, sgd_step, softmax_grad, swap_middle_axes,
-    unary_grad,
+    AdamRule, AttentionGradients, LossShape, LstmGradients, LstmOperands, LstmShape, Schedule, Target,
+    TrainConv, Transposed, UnaryGrad, UpdatePlace, adam_step, adam8_step, attention_grad,
+    attention_grad_scratch_len, batch_scratch_len, batch_statistics, channel_sum, conv_forward,
+    conv_forward_scratch_len, conv_input_grad, conv_input_grad_scratch_len, conv_weight_grad,
+    conv_weight_grad_scratch_len, cross_entropy, cross_entropy_grad, layer_norm_grad, lstm_grad,
+    lstm_grad_scratch_len, mask_above, mask_grad, norm_grad_scratch_len, normalise, normalise_grad, product,
+    product_scratch_len, sgd_step, softmax_grad, swap_middle_axes, unary_grad,
 };
-use lightering_kernels::{Activation, ConvShape, Epilogue, Matrices, ThreadPool, gemm, pack_kn, packed_len};
+use lightering_kernels::{
+    Activation, AttentionShape, ConvShape, Epilogue, HeadStrides, Matrices, ThreadPool, gemm, pack_kn,
+    packed_len,
+};
 use std::time::{Duration, Instant};
 
 fn best_seconds(mut f: impl FnMut()) -> f64 {
@@ -207,6 +211,60 @@ fn rows(pool: &ThreadPool) {
     report("cross entropy and grad 2048x8192", t, (2048 * 8192 * 12) as f64, "GB/s");
 }
 
+fn attention(pool: &ThreadPool) {
+    let shape = AttentionShape {
+        heads: 6,
+        kv_heads: 6,
+        q_len: 256,
+        kv_len: 256,
+        head_dim: 64,
+        value_dim: 64,
+        scale: 0.125,
+        causal: Some(0),
+    };
+    let len = 256 * 384;
+    let [q, k, v, dy] = std::array::from_fn(|_| filled(8 * len));
+    let [mut dq, mut dk, mut dv] = std::array::from_fn(|_| vec![0.0; 8 * len]);
+    let at = HeadStrides { position: 384, head: 64 };
+    let mut scratch = vec![0.0; attention_grad_scratch_len(&shape, pool.threads())];
+    let t = best_seconds(|| {
+        let results = AttentionGradients { q: Some(&mut dq[..]), k: Some(&mut dk[..]), v: Some(&mut dv[..]) };
+        let operands = [&q[..], &k[..], &v[..], &dy[..]];
+        attention_grad(pool, &shape, 8, [len; 4], operands, [at; 4], &|_| None, results, &mut scratch);
+    });
+    report("attention grad 8x6x256x64", t, (8 * 6 * 256 * 256 * 64 * 10) as f64, "GFLOP/s");
+}
+
+fn lstm(pool: &ThreadPool) {
+    let shape = LstmShape { steps: 64, batch: 32, input: 256, hidden: 256 };
+    let (x, w, r) = (filled(64 * 32 * 256), filled(1024 * 256), filled(1024 * 256));
+    let (bias, dy) = (filled(2048), filled(64 * 32 * 256));
+    let [mut dx, mut dw, mut dr, mut db] = [x.len(), w.len(), r.len(), 2048].map(|n| vec![0.0; n]);
+    let mut scratch = vec![0.0; lstm_grad_scratch_len(&shape, pool.threads())];
+    let operands = LstmOperands {
+        x: &x,
+        w: &w,
+        r: &r,
+        bias: Some(&bias),
+        initial_h: None,
+        initial_c: None,
+        dy: Some(&dy),
+        dy_h: None,
+        dy_c: None,
+    };
+    let t = best_seconds(|| {
+        let results = LstmGradients {
+            x: Some(&mut dx),
+            w: Some(&mut dw),
+            r: Some(&mut dr),
+            bias: Some(&mut db),
+            ..LstmGradients::default()
+        };
+        lstm_grad(pool, &shape, &operands, results, &mut scratch);
+    });
+    report("lstm grad with forward 64x32x256-256", t, (64 * 32 * 1024 * 512 * 6) as f64, "GFLOP/s");
+}
+
 fn updates(pool: &ThreadPool) {
     let len = 11_000_000;
     let (mut p, g) = (filled(len), filled(len));
@@ -249,5 +307,7 @@ fn main() {
     normalisations(&pool, 32 * 32 * 32, 64);
     normalisations(&pool, 32 * 8 * 8, 384);
     rows(&pool);
+    attention(&pool);
+    lstm(&pool);
     updates(&pool);
 }

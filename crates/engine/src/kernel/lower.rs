@@ -438,12 +438,24 @@ fn lower_product(graph: &Graph, node: &Node, a: &MatMulAttributes, threads: usiz
 }
 
 fn lower_attention(graph: &Graph, node: &Node, a: &AttentionAttributes, threads: usize) -> Option<Lowered> {
-    let (q, k, v) = (f32_dims(graph, node, 0)?, f32_dims(graph, node, 1)?, f32_dims(graph, node, 2)?);
     let plain = node.inputs.iter().skip(4).all(Option::is_none)
         && node.outputs.iter().skip(1).all(Option::is_none)
-        && a.softcap == 0.0
         && a.softmax_precision.is_none_or(|p| p == DType::F32);
-    if !plain || q.len() != k.len() || q.len() != v.len() || q[0] != k[0] || q[0] != v[0] {
+    let (batch, shape, at, mask) = plain.then(|| attention_of(graph, node, a))??;
+    Some(Lowered {
+        workspace: attention_scratch_len(&shape, threads) * size_of::<f32>(),
+        ..Lowered::generic(Kernel::Attention { batch, shape, at, mask })
+    })
+}
+
+/// Batch, sizes, places and mask of an attention whose first operands are `(q, k, v, mask?)`.
+pub(super) fn attention_of(
+    graph: &Graph,
+    node: &Node,
+    a: &AttentionAttributes,
+) -> Option<(usize, AttentionShape, HeadPlaces, Option<MaskPlace>)> {
+    let (q, k, v) = (f32_dims(graph, node, 0)?, f32_dims(graph, node, 1)?, f32_dims(graph, node, 2)?);
+    if a.softcap != 0.0 || q.len() != k.len() || q.len() != v.len() || q[0] != k[0] || q[0] != v[0] {
         return None;
     }
     let batch = q[0];
@@ -509,10 +521,7 @@ fn lower_attention(graph: &Graph, node: &Node, a: &AttentionAttributes, threads:
             heads * q_len * value_dim,
         ],
     };
-    Some(Lowered {
-        workspace: attention_scratch_len(&shape, threads) * size_of::<f32>(),
-        ..Lowered::generic(Kernel::Attention { batch, shape, at, mask })
-    })
+    Some((batch, shape, at, mask))
 }
 
 /// A small constant of f32 values.

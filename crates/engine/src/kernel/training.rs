@@ -1,17 +1,18 @@
 //! The choice and the call of kernels of training, where no operand is a constant.
 
 use lightering_graph::{
-    Constant, ConvAttributes, GemmAttributes, Graph, Layout, MaskRule, MatMulAttributes, Node, Op,
-    PoolAttributes, ReduceOp, TrainOp, UnaryOp, UpdateRule,
+    Constant, ConvAttributes, Direction, GemmAttributes, Graph, Layout, MaskRule, MatMulAttributes, Node, Op,
+    PoolAttributes, RecurrentAttributes, RecurrentCell, ReduceOp, TrainOp, UnaryOp, UpdateRule,
 };
 use lightering_kernels::training::{
-    self as kernels, AdamRule, LossShape, Schedule, Target, TrainConv, Transposed, UnaryGrad, UpdatePlace,
+    self as kernels, AdamRule, LossShape, LstmGradients, LstmOperands, LstmShape, Schedule, Target,
+    TrainConv, Transposed, UnaryGrad, UpdatePlace,
 };
-use lightering_kernels::{Activation, Matrices, PoolShape, transpose};
+use lightering_kernels::{Activation, AttentionMask, AttentionShape, Matrices, PoolShape, transpose};
 use lightering_units::DType;
 
-use super::lower::{Lowered, dims_of, f32_dims, pair, shape_of, window_pads};
-use super::{Call, Kernel, activation_of};
+use super::lower::{Lowered, attention_of, dims_of, f32_dims, pair, shape_of, window_pads};
+use super::{Call, HeadPlaces, Kernel, MaskPlace, activation_of};
 use crate::EngineError;
 use crate::ops::{OpError, TensorView, TensorViewMut};
 
@@ -94,6 +95,13 @@ pub(crate) enum TrainKernel {
     },
     /// `[a, b, c, n]` to `[a, c, b, n]`.
     SwapAxes([usize; 4]),
+    AttentionGrad {
+        batch: usize,
+        shape: AttentionShape,
+        at: HeadPlaces,
+        mask: Option<MaskPlace>,
+    },
+    LstmGrad(LstmShape),
     Update {
         rule: UpdateRule,
         outer: usize,
@@ -129,6 +137,8 @@ impl TrainKernel {
             TrainKernel::GatherGrad { .. } => "gather grad",
             TrainKernel::Sum { .. } => "sum",
             TrainKernel::SwapAxes(_) => "swap axes",
+            TrainKernel::AttentionGrad { .. } => "attention grad",
+            TrainKernel::LstmGrad(_) => "lstm grad",
             TrainKernel::Update { .. } => "update",
         }
     }
@@ -147,6 +157,7 @@ impl TrainKernel {
             | TrainKernel::Conv { .. }
             | TrainKernel::ConvInputGrad(_)
             | TrainKernel::ConvWeightGrad(_) => 0.8,
+            TrainKernel::AttentionGrad { .. } | TrainKernel::LstmGrad(_) => 0.6,
             _ => 0.1,
         }
     }
@@ -475,6 +486,19 @@ fn train(graph: &Graph, node: &Node, op: &TrainOp, threads: usize) -> Choice {
             f32_dims(graph, node, 1)?;
             (TrainKernel::MaskGrad, 0)
         }
+        TrainOp::AttentionGrad(a) => {
+            let (batch, shape, at, mask) = attention_of(graph, node, a)?;
+            f32_dims(graph, node, 4)?;
+            if node.outputs.iter().skip(3).any(Option::is_some) {
+                return None;
+            }
+            let workspace = kernels::attention_grad_scratch_len(&shape, threads);
+            (TrainKernel::AttentionGrad { batch, shape, at, mask }, workspace)
+        }
+        TrainOp::RecurrentGrad { cell: RecurrentCell::Lstm, attributes } => {
+            let shape = lstm_shape(graph, node, attributes)?;
+            (TrainKernel::LstmGrad(shape), kernels::lstm_grad_scratch_len(&shape, threads))
+        }
         TrainOp::Update { rule, axis } => {
             let parameter = f32_dims(graph, node, 0)?;
             let moments = rule.moments();
@@ -498,6 +522,26 @@ fn train(graph: &Graph, node: &Node, op: &TrainOp, threads: usize) -> Choice {
         }
         _ => return None,
     })
+}
+
+/// A layer with the usual activations that reads forwards, time first; sequences of full length.
+fn lstm_shape(graph: &Graph, node: &Node, a: &RecurrentAttributes) -> Option<LstmShape> {
+    let (x, w) = (f32_dims(graph, node, 0)?, f32_dims(graph, node, 1)?);
+    let usual = [UnaryOp::Sigmoid, UnaryOp::Tanh, UnaryOp::Tanh];
+    let plain = a.direction == Direction::Forward
+        && !a.batch_first
+        && !a.input_forget
+        && a.clip.is_none()
+        && (a.activations.is_empty() || a.activations == usual)
+        && node.input(4).is_none()
+        && node.input(7).is_none()
+        && node.output(6).is_none()
+        && all_f32(graph, node, 0..11);
+    if !plain || x.len() != 3 || w.len() != 3 || w[0] != 1 || x.contains(&0) || a.hidden_size == 0 {
+        return None;
+    }
+    let shape = LstmShape { steps: x[0], batch: x[1], input: x[2], hidden: a.hidden_size };
+    (w[1] == 4 * shape.hidden && w[2] == shape.input).then_some(shape)
 }
 
 fn pool_grad(graph: &Graph, node: &Node, a: &PoolAttributes, x: &[usize]) -> Option<TrainKernel> {
@@ -755,6 +799,42 @@ impl Call<'_> {
                         transpose(pool, *b, *c, x, *c, y, *b);
                     }
                 }
+            }
+            TrainKernel::AttentionGrad { batch, shape, at, mask } => {
+                let data = self.optional_f32(3);
+                let mask_of = |b: usize| {
+                    let m = (*mask)?;
+                    let data = &data?[b * m.batch..];
+                    Some(AttentionMask { data, head_stride: m.head, row_stride: m.row })
+                };
+                let operands = [self.f32(0)?, self.f32(1)?, self.f32(2)?, self.f32(4)?];
+                let places = [at.q, at.k, at.v, at.y];
+                let results = kernels::AttentionGradients { q: next(), k: next(), v: next() };
+                kernels::attention_grad(
+                    pool, shape, *batch, at.batch, operands, places, &mask_of, results, scratch,
+                );
+            }
+            TrainKernel::LstmGrad(shape) => {
+                let operands = LstmOperands {
+                    x: self.f32(0)?,
+                    w: self.f32(1)?,
+                    r: self.f32(2)?,
+                    bias: self.optional_f32(3),
+                    initial_h: self.optional_f32(5),
+                    initial_c: self.optional_f32(6),
+                    dy: self.optional_f32(8),
+                    dy_h: self.optional_f32(9),
+                    dy_c: self.optional_f32(10),
+                };
+                let results = LstmGradients {
+                    x: next(),
+                    w: next(),
+                    r: next(),
+                    bias: next(),
+                    initial_h: next(),
+                    initial_c: next(),
+                };
+                kernels::lstm_grad(pool, shape, &operands, results, scratch);
             }
             TrainKernel::Update { .. } | TrainKernel::SignMask(_) => {}
         }

@@ -4,6 +4,7 @@
 //! As everywhere in this crate memory comes from the caller, pictures lie channels last, and results have the same bits
 //! for any number of threads: sums are cut into parts by the shape alone and added in a fixed order.
 
+mod attention;
 mod batch;
 mod conv;
 mod depthwise;
@@ -13,10 +14,12 @@ mod loss;
 mod outer;
 mod pool;
 mod product;
+mod recurrent;
 mod reduce;
 mod rows;
 mod update;
 
+pub use attention::{AttentionGradients, attention_grad, attention_grad_scratch_len};
 pub use batch::{
     batch_scratch_len, batch_statistics, channel_sum, normalise, normalise_grad, track_statistics,
 };
@@ -29,6 +32,7 @@ pub use gather::{gather_grad, swap_middle_axes};
 pub use loss::{LossShape, Target, cross_entropy, cross_entropy_grad};
 pub use pool::{average_pool_grad, max_pool_grad};
 pub use product::{Transposed, product, product_scratch_len};
+pub use recurrent::{LstmGradients, LstmOperands, LstmShape, lstm_grad, lstm_grad_scratch_len};
 pub use reduce::{sum_leading, sum_leading_scratch_len, sum_trailing};
 pub use rows::{layer_norm_grad, norm_grad_scratch_len, rms_norm_grad, softmax_grad};
 pub use update::{AdamRule, Schedule, UpdatePlace, accumulate, adam_step, adam8_step, lion_step, sgd_step};

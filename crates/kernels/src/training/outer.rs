@@ -286,33 +286,67 @@ impl<C: Columns> Kernel for Block<'_, '_, C> {
                     }
                     (a_piece.cast_const(), m)
                 };
-                let mut slice = 0;
-                let vectors_left = padded / S::LANES;
-                // Slices of equal width, so that no narrow one is left over.
-                let slices = vectors_left.div_ceil(S::TILE_VECTORS);
-                let even = vectors_left.div_ceil(slices.max(1));
-                while slice < padded {
-                    let vectors = ((padded - slice) / S::LANES).min(even);
-                    let mut row = 0;
-                    while row < m {
-                        let height = tile_rows::<S>(vectors, m - row);
-                        let tile = ColumnTile {
-                            a: a.wrapping_add(row),
-                            a_stride,
-                            len,
-                            b: b.wrapping_add(slice),
-                            b_stride,
-                            c: c.wrapping_add(row * cut.stride + slice),
-                            c_stride: cut.stride,
-                            resume: k0 > depth.start,
-                        };
-                        run_tile(s, height, vectors, &tile);
-                        row += height;
-                    }
-                    slice += vectors * S::LANES;
-                }
+                let tiles = Tiles {
+                    a,
+                    a_stride,
+                    m,
+                    k: len,
+                    b,
+                    b_stride,
+                    padded,
+                    c,
+                    c_stride: cut.stride,
+                    resume: k0 > depth.start,
+                };
+                tiles.run(s);
                 k0 += len;
             }
+        }
+    }
+}
+
+/// `C = A' B` or `C += A' B` in register tiles: A is `[k, m]`, B is `[k, padded]` with `padded` a multiple of 16.
+pub(super) struct Tiles {
+    pub(super) a: *const f32,
+    pub(super) a_stride: usize,
+    pub(super) m: usize,
+    pub(super) k: usize,
+    pub(super) b: *const f32,
+    pub(super) b_stride: usize,
+    pub(super) padded: usize,
+    pub(super) c: *mut f32,
+    pub(super) c_stride: usize,
+    /// Adds to what is in C.
+    pub(super) resume: bool,
+}
+
+impl Kernel for Tiles {
+    type Output = ();
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        // Slices of equal width, so that no narrow one is left over.
+        let all = self.padded / S::LANES;
+        let even = all.div_ceil(all.div_ceil(S::TILE_VECTORS).max(1));
+        let mut slice = 0;
+        while slice < self.padded {
+            let vectors = ((self.padded - slice) / S::LANES).min(even);
+            let mut row = 0;
+            while row < self.m {
+                let height = tile_rows::<S>(vectors, self.m - row);
+                let tile = ColumnTile {
+                    a: self.a.wrapping_add(row),
+                    a_stride: self.a_stride,
+                    len: self.k,
+                    b: self.b.wrapping_add(slice),
+                    b_stride: self.b_stride,
+                    c: self.c.wrapping_add(row * self.c_stride + slice),
+                    c_stride: self.c_stride,
+                    resume: self.resume,
+                };
+                run_tile(s, height, vectors, &tile);
+                row += height;
+            }
+            slice += vectors * S::LANES;
         }
     }
 }

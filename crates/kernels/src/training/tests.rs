@@ -3,7 +3,7 @@ use crate::arch::Isa;
 use crate::conv::ConvShape;
 use crate::epilogue::Activation;
 use crate::gemm::tests::{close, values};
-use crate::matmul::Matrices;
+use crate::matmul::{AttentionMask, AttentionShape, HeadStrides, Matrices};
 use crate::pool::PoolShape;
 use proptest::prelude::*;
 
@@ -604,6 +604,69 @@ fn softmax_gradients_agree_with_the_definition() {
                         );
                     }
                 }
+            }
+        }
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(24))]
+
+    #[test]
+    fn attention_gradients_agree_with_the_definition(
+        entries in 1usize..3, groups in 1usize..3, kv_heads in 1usize..3, q_len in 1usize..40, kv_len in prop_oneof![1usize..30, 60usize..140],
+        head_dim in prop_oneof![1usize..20, Just(16usize)], value_dim in prop_oneof![1usize..20, Just(32usize)], masked: bool, causal: bool, seed in 0u64..1000,
+    ) {
+        let heads = groups * kv_heads;
+        let scale = 0.3f32;
+        let shape = AttentionShape { heads, kv_heads, q_len, kv_len, head_dim, value_dim, scale, causal: causal.then_some(0) };
+        let at = |heads: usize, dim: usize| HeadStrides { position: heads * dim, head: dim };
+        let places = [at(heads, head_dim), at(kv_heads, head_dim), at(kv_heads, value_dim), at(heads, value_dim)];
+        let lens = [q_len, kv_len, kv_len, q_len];
+        let batch: [usize; 4] = std::array::from_fn(|i| lens[i] * places[i].position);
+        let [q, k, v, dy]: [Vec<f32>; 4] = std::array::from_fn(|i| values(entries * batch[i], seed + i as u64));
+        let mut addends = values(entries * q_len * kv_len, seed + 5);
+        // One query sees nothing.
+        addends[..kv_len].fill(f32::NEG_INFINITY);
+        let (mut dq, mut dk, mut dv) = (vec![0f64; q.len()], vec![0f64; k.len()], vec![0f64; v.len()]);
+        for b in 0..entries { for h in 0..heads { for i in 0..q_len {
+            let g = h / groups;
+            let place = |n: usize, h: usize, i: usize| b * batch[n] + i * places[n].position + h * places[n].head;
+            let dot = |x: &[f32], y: &[f32]| x.iter().zip(y).map(|(x, y)| f64::from(*x) * f64::from(*y)).sum::<f64>();
+            let (qi, gi) = (&q[place(0, h, i)..][..head_dim], &dy[place(3, h, i)..][..value_dim]);
+            let score = |j: usize| {
+                let hidden = causal && j > i;
+                let bias = if hidden { f64::NEG_INFINITY } else if masked { f64::from(addends[(b * q_len + i) * kv_len + j]) } else { 0.0 };
+                dot(qi, &k[place(1, g, j)..][..head_dim]) * f64::from(scale) + bias
+            };
+            let scores: Vec<f64> = (0..kv_len).map(score).collect();
+            let top = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+            if top == f64::NEG_INFINITY { continue; }
+            let sum: f64 = scores.iter().map(|s| (s - top).exp()).sum();
+            let p: Vec<f64> = scores.iter().map(|s| (s - top).exp() / sum).collect();
+            let dp: Vec<f64> = (0..kv_len).map(|j| dot(gi, &v[place(2, g, j)..][..value_dim])).collect();
+            let along: f64 = p.iter().zip(&dp).map(|(p, d)| p * d).sum();
+            for j in 0..kv_len {
+                let ds = p[j] * (dp[j] - along) * f64::from(scale);
+                for d in 0..head_dim {
+                    dq[place(0, h, i) + d] += ds * f64::from(k[place(1, g, j) + d]);
+                    dk[place(1, g, j) + d] += ds * f64::from(qi[d]);
+                }
+                for d in 0..value_dim { dv[place(2, g, j) + d] += p[j] * f64::from(gi[d]); }
+            }
+        }}}
+        for (isa, got) in everywhere(|pool| {
+            let mut out = [vec![f32::NAN; q.len()], vec![f32::NAN; k.len()], vec![f32::NAN; v.len()]];
+            let [a, b, c] = &mut out;
+            let mask = |e: usize| masked.then(|| AttentionMask { data: &addends[e * q_len * kv_len..], head_stride: 0, row_stride: kv_len });
+            let results = AttentionGradients { q: Some(a), k: Some(b), v: Some(c) };
+            let mut scratch = scratch(attention_grad_scratch_len(&shape, pool.threads()));
+            attention_grad(pool, &shape, entries, batch, [&q, &k, &v, &dy], places, &mask, results, &mut scratch);
+            out.concat()
+        }) {
+            let want: Vec<f64> = dq.iter().chain(&dk).chain(&dv).copied().collect();
+            for (i, (g, w)) in got.iter().zip(&want).enumerate() {
+                prop_assert!((f64::from(*g) - w).abs() < 1e-4, "{isa:?} [{i}] {g} {w}");
             }
         }
     }
