@@ -262,7 +262,7 @@ fn lstm(pool: &ThreadPool) {
         };
         lstm_grad(pool, &shape, &operands, results, &mut scratch);
     });
-    report("lstm grad with forward 64x32x256-256", t, (64 * 32 * 1024 * 512 * 6) as f64, "GFLOP/s");
+    report("lstm grad with forward 64x32x256-256", t, (64 * 32 * 1024 * 512) as f64 * 6.0, "GFLOP/s");
 }
 
 fn updates(pool: &ThreadPool) {
