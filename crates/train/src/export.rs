@@ -39,6 +39,7 @@ fn write(
     target: &Path,
 ) -> Result<(), TrainError> {
     let mut graph = model.clone();
+    crate::step::separate_copies(&mut graph);
     let mut sources = sources.to_vec();
     let source = SourceId(u32::try_from(sources.len()).expect("fewer than 2^32 files"));
     let file = std::fs::File::create(weights).map_err(|e| TrainError::io(weights, e))?;

@@ -118,6 +118,22 @@ fn is_learnt(graph: &Graph, node: &Node, operand: usize, value: ValueId) -> bool
     }
 }
 
+/// Makes constants of their own of the copies that exporters put between a constant and its users where two parameters
+/// happen to start with the same values; trained, they part.
+pub fn separate_copies(graph: &mut Graph) {
+    for id in graph.node_ids() {
+        let node = graph.node(id);
+        if let (Op::Unary(UnaryOp::Identity), Some(source)) = (&node.op, node.input(0))
+            && matches!(graph.value(source).kind, ValueKind::Constant(_))
+        {
+            let (copy, value) = (node.out(), graph.value(source).clone());
+            graph.value_mut(copy).ty = value.ty;
+            graph.value_mut(copy).kind = value.kind;
+            graph.remove_node(id);
+        }
+    }
+}
+
 /// Elements below this are no learnt values but hide positions.
 const MASKED: f32 = -1e4;
 
@@ -134,6 +150,7 @@ pub fn build_step(
     options: &StepOptions,
 ) -> Result<Step, TrainError> {
     let mut train = model.clone();
+    separate_copies(&mut train);
     BatchNormForTraining { mode: options.batch_norm }.run(&mut train)?;
     let learnt: HashSet<ValueId> = trainable_parameters(&train).into_iter().collect();
     let names: HashMap<ValueId, String> = learnt.iter().map(|&v| (v, train.value(v).name.clone())).collect();

@@ -108,6 +108,15 @@ pub struct SampleArguments {
     /// Share of the training data that is set aside for validation [default: the test part, else a tenth]
     #[arg(long, value_name = "SHARE")]
     pub validation: Option<f64>,
+    /// What is done to numbers before the model sees them: measured (mean 0 and deviation 1 over the training data) or none
+    #[arg(long, value_name = "HOW", default_value = "measured", value_parser = ["measured", "none"])]
+    pub normalise: String,
+    /// What a token of a plain text is: characters of the training text, or bytes
+    #[arg(long, value_name = "WHAT", default_value = "characters", value_parser = ["characters", "bytes"])]
+    pub vocabulary: String,
+    /// The label column of a table is a number to foretell, not a class
+    #[arg(long)]
+    pub regression: bool,
     /// Random changes of pictures, such as flip,crop=4,jitter=0.2
     #[arg(long, value_name = "CHANGES")]
     pub augment: Option<String>,

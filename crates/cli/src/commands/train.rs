@@ -13,8 +13,8 @@ use lightering_graph::TensorType;
 use lightering_graph::passes::BatchNormMode;
 use lightering_meter::{MemoryPool, process};
 use lightering_train::{
-    Architecture, Augmentation, Epoch, FitOptions, LABEL, Loader, LoaderOptions, Loss, Mixing, OpenOptions,
-    Optimizer, Schedule, Split, StepOptions, Trainer, export_onnx, fit, open,
+    Architecture, Augmentation, Epoch, FitOptions, LABEL, Loader, LoaderOptions, Loss, Mixing, Normalise,
+    OpenOptions, Optimizer, Schedule, Split, StepOptions, Trainer, Vocabulary, export_onnx, fit, open,
 };
 use lightering_units::{Bytes, Seconds};
 use serde::Serialize;
@@ -252,6 +252,12 @@ fn open_data(arguments: &TrainArguments, model: Option<&Model>, pool: &MemoryPoo
         validation: samples.validation,
         context: samples.context as usize,
         label: samples.label.clone(),
+        normalise: if samples.normalise == "none" { Normalise::None } else { Normalise::Measured },
+        vocabulary: match samples.vocabulary.as_str() {
+            "bytes" => Vocabulary::Bytes,
+            _ => Vocabulary::Characters,
+        },
+        regression: samples.regression,
         pool: pool.clone(),
         ..OpenOptions::default()
     };
