@@ -81,14 +81,36 @@ pub fn trainable_parameters(graph: &Graph) -> Vec<ValueId> {
     for (_, node) in graph.iter_nodes() {
         for (operand, value) in node.inputs.iter().enumerate() {
             let Some(value) = *value else { continue };
-            if is_float_constant(graph, value) && is_learnt(graph, node, operand, value) {
-                found.insert(value);
+            let source = stored_form(graph, value);
+            if is_float_constant(graph, source) && is_learnt(graph, node, operand, source) {
+                found.insert(source);
             }
         }
     }
     let mut list: Vec<ValueId> = found.into_iter().collect();
     list.sort_unstable();
     list
+}
+
+/// What a value is made from by only moving elements: exporters store weights transposed.
+fn stored_form(graph: &Graph, value: ValueId) -> ValueId {
+    let mut at = value;
+    while let Some(id) = graph.producer(at) {
+        let node = graph.node(id);
+        match (&node.op, node.input(0)) {
+            (
+                Op::Transpose { .. }
+                | Op::Reshape { .. }
+                | Op::Flatten { .. }
+                | Op::Squeeze
+                | Op::Unsqueeze
+                | Op::Unary(UnaryOp::Identity),
+                Some(source),
+            ) => at = source,
+            _ => break,
+        }
+    }
+    at
 }
 
 fn is_float_constant(graph: &Graph, value: ValueId) -> bool {
@@ -101,6 +123,7 @@ fn is_learnt(graph: &Graph, node: &Node, operand: usize, value: ValueId) -> bool
         Op::Conv(_) | Op::ConvTranspose(_) | Op::Gemm(_) => operand == 1 || operand == 2,
         Op::MatMul(_) => operand <= 2,
         Op::BatchNorm { .. } => operand == 1 || operand == 2,
+        Op::Train(op) => matches!(**op, TrainOp::Normalise { .. }) && (operand == 3 || operand == 4),
         Op::InstanceNorm { .. } | Op::GroupNorm { .. } | Op::LayerNorm { .. } | Op::RmsNorm { .. } => {
             operand > 0
         }
