@@ -365,7 +365,8 @@ fn states_are_updated_in_place() {
     ]);
     session.run_to_values(&mut feed).unwrap();
     session.run_to_values(&mut feed).unwrap();
-    let got: Vec<f32> = session.read_state("p", |b| bytemuck::pod_collect_to_vec(b)).unwrap();
+    let mut got: Vec<f32> = Vec::new();
+    session.read_state("p", &mut |b| got = bytemuck::pod_collect_to_vec(b)).unwrap();
     for row in 0..4 {
         for j in 0..3 {
             let before = initial.as_slice::<f32>()[row * 3 + j];
