@@ -15,7 +15,7 @@ use lightering_graph::{
 use lightering_units::BlockFormat;
 
 use crate::{Error, Result};
-use family::{Family, Norm, Positions};
+pub(crate) use family::{Family, Norm, Positions};
 pub use hyper_parameters::{CompressedParameters, ExpertParameters, HyperParameters};
 
 /// Names of the inputs and outputs of a decoder's graph.

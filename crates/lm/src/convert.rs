@@ -108,9 +108,9 @@ fn plain(dtype: DType) -> Option<BlockFormat> {
 }
 
 /// A header in front of data that is not there yet.
-struct HeaderOnly {
-    header: Vec<u8>,
-    total: u64,
+pub(crate) struct HeaderOnly {
+    pub header: Vec<u8>,
+    pub total: u64,
 }
 
 impl ByteSource for HeaderOnly {

@@ -40,6 +40,9 @@ pub enum Error {
     /// The model cannot be planned or computed.
     #[error(transparent)]
     Engine(#[from] lightering_engine::EngineError),
+    /// A training cannot be set up.
+    #[error(transparent)]
+    Train(#[from] lightering_train::TrainError),
     /// A chat template is wrong, or refuses the conversation.
     #[error("chat template, line {line}: {what}")]
     Template {

@@ -32,6 +32,7 @@ mod scheduler;
 mod status;
 mod synthetic;
 mod tokenizer;
+pub mod training;
 
 pub use architecture::{CacheOptions, CompressedParameters, ExpertParameters, HyperParameters, build, ports};
 pub use chat::{CHATML, ChatTemplate, Conversation, MAX_TEMPLATE_BYTES, Message};

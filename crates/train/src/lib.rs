@@ -56,5 +56,7 @@ pub use optimizer::Optimizer;
 pub use random::Random;
 pub use report::{Report, ReportFile};
 pub use schedule::{Schedule, ScheduleKind, Warmup};
-pub use step::{Change, EVALUATION, LOSS, SCHEDULE, Step, StepOptions, build_step, trainable_parameters};
+pub use step::{
+    AUXILIARY_LOSS, Change, EVALUATION, LOSS, SCHEDULE, Step, StepOptions, build_step, trainable_parameters,
+};
 pub use trainer::{ChosenStep, Prediction, StepReport, Trainer, choose};

@@ -15,6 +15,8 @@ use crate::{LABEL, Loss, TrainError};
 pub const SCHEDULE: &str = "schedule";
 /// Output of a step: the mean loss of the batch.
 pub const LOSS: &str = "loss";
+/// Name of an output of a model that is added to the loss of a step: a single number, such as the evenness of a router.
+pub const AUXILIARY_LOSS: &str = "auxiliary_loss";
 /// Before the names of everything that belongs to the evaluation.
 pub const EVALUATION: &str = "eval/";
 /// Before the names of an optimizer's moments.
@@ -215,7 +217,12 @@ pub fn build_step(
     let label_here = graph.add_input(LABEL, label.clone());
     let label_there = graph.add_input(format!("{EVALUATION}{LABEL}"), label.clone());
     let eval_loss = options.loss.append(&mut graph, &output_of(&there), label_there)?;
-    let loss = options.loss.append(&mut graph, &output_of(&here), label_here)?;
+    let mut loss = options.loss.append(&mut graph, &output_of(&here), label_here)?;
+    let auxiliary = train.outputs.iter().find(|v| train.value(**v).name == AUXILIARY_LOSS);
+    if let Some(term) = auxiliary {
+        let inputs = [loss, here[term.index()]];
+        loss = graph.add_node("loss with auxiliary", Op::Binary(BinaryOp::Add), &inputs, 1)[0];
+    }
     graph.infer()?;
     let parameters: Vec<ValueId> = graph
         .values

@@ -1,5 +1,6 @@
 use super::ResourceArguments;
 use clap::{Args, ValueHint};
+use lightering_units::BlockFormat;
 use std::path::PathBuf;
 
 /// `lighter train`
@@ -21,6 +22,9 @@ pub struct TrainArguments {
     /// What the data looks like to the model.
     #[command(flatten)]
     pub samples: SampleArguments,
+    /// What is particular to language models.
+    #[command(flatten)]
+    pub language: LanguageArguments,
     /// What may be used.
     #[command(flatten)]
     pub resources: ResourceArguments,
@@ -90,6 +94,28 @@ pub struct LearningArguments {
     /// Decides first weights, orders and random changes
     #[arg(long, value_name = "N", default_value = "0")]
     pub seed: u64,
+}
+
+/// What is particular to language models.
+#[derive(Clone, Debug, Args)]
+#[command(next_help_heading = "Language models")]
+pub struct LanguageArguments {
+    /// What of a language model changes: full, last:K (layers), or lora, such as
+    /// lora:rank=8,alpha=16,matrices=attention,layers=4
+    #[arg(long, value_name = "NAME", default_value = "full")]
+    pub method: String,
+    /// Tokens of a new model's vocabulary, which is learned from the text
+    #[arg(long, value_name = "N", default_value = "2048", value_parser = clap::value_parser!(u32).range(258..=65536))]
+    pub vocabulary: u32,
+    /// Longest text of a new model, in tokens [default: --context]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(2..))]
+    pub model_context: Option<u32>,
+    /// Format of the trained matrices, such as F16, Q8_0 or Q4_K [default: that of the file, F16 for a new model]
+    #[arg(long, value_name = "FORMAT")]
+    pub format: Option<BlockFormat>,
+    /// Also write the adapters of --method lora alone into this file (.safetensors)
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
+    pub adapter: Option<PathBuf>,
 }
 
 /// What the data looks like to the model.

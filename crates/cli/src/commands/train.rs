@@ -1,5 +1,6 @@
 //! `lighter train`
 
+mod language;
 mod watch;
 
 use crate::arguments::TrainArguments;
@@ -8,18 +9,23 @@ use crate::model::{Means, Model, ModelSource, load_profile};
 use crate::output::{Output, Table};
 use crate::usage::Baseline;
 use anyhow::Context;
+use language::LanguageTraining;
 use lightering_engine::{Decision, PlanOptions};
-use lightering_graph::TensorType;
 use lightering_graph::passes::BatchNormMode;
-use lightering_meter::{MemoryPool, process};
+use lightering_graph::{Graph, TensorType};
+use lightering_meter::{MemoryPool, Reservation, process};
+use lightering_tier::ByteSource;
 use lightering_train::{
-    Architecture, Augmentation, Epoch, FitOptions, LABEL, Loader, LoaderOptions, Loss, Mixing, Normalise,
-    OpenOptions, Optimizer, Schedule, Split, StepOptions, Trainer, Vocabulary, export_onnx, fit, open,
+    Architecture, Augmentation, Change, Epoch, FitOptions, LABEL, Loader, LoaderOptions, Loss, Mixing,
+    Normalise, OpenOptions, Optimizer, Schedule, Split, StepOptions, Trainer, Vocabulary, export_onnx, fit,
+    open,
 };
 use lightering_units::{Bytes, Seconds};
 use serde::Serialize;
+use std::collections::HashMap;
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use watch::{Watch, percent};
 
 /// `--json`
@@ -55,12 +61,15 @@ struct Meant {
 }
 
 impl Meant {
-    fn of(arguments: &TrainArguments) -> Outcome<Meant> {
+    fn of(arguments: &TrainArguments, usual_rate: Option<f32>) -> Outcome<Meant> {
         let learning = &arguments.learning;
         let optimizer: Optimizer = learning.optimizer.parse()?;
         let schedule = match &learning.lr {
             Some(text) => text.parse()?,
-            None => format!("cosine:{},warmup=5%", optimizer.usual_rate).parse()?,
+            None => {
+                let rate = usual_rate.unwrap_or(optimizer.usual_rate);
+                format!("cosine:{rate},warmup=5%").parse()?
+            }
         };
         if let Some(clip) = learning.clip
             && !(clip.is_finite() && clip > 0.0)
@@ -78,39 +87,73 @@ impl Meant {
     }
 }
 
-/// Trains, watches, and writes the model.
-pub fn run(arguments: &TrainArguments, output: Output) -> Outcome {
-    let baseline = Baseline::now();
-    let meant = Meant::of(arguments)?;
-    let (resources, learning) = (&arguments.resources, &arguments.learning);
-    let profile = load_profile(resources.machine.as_deref())?;
-    let pool = MemoryPool::new(resources.memory);
-    let threads = resources.threads.unwrap_or_else(lightering_meter::host::cores);
-    let means = Means { threads, profile: &profile, pool: &pool, baseline: &baseline };
+/// A model and what it learns from, whatever kind of model it is.
+struct Prepared {
+    split: Split,
+    /// The forward graph for batches of this training.
+    graph: Graph,
+    sources: Vec<Arc<dyn ByteSource>>,
+    /// What changes; everything if not given.
+    scheme: Option<HashMap<String, Change>>,
+    /// A learning rate where none is given and the optimizer's does not suit.
+    usual_rate: Option<f32>,
+    ending: Ending,
+    _reserved: Option<Reservation>,
+}
 
+/// What becomes of the trained model.
+enum Ending {
+    /// The graph as it was imported, written as ONNX.
+    Graph(Box<Graph>),
+    /// A language model, written as GGUF.
+    Language(Box<LanguageTraining>),
+}
+
+/// Opens a graph or makes a new one, and the data that it learns from.
+fn prepare_graph(arguments: &TrainArguments, pool: &MemoryPool) -> Outcome<Prepared> {
     let path = Path::new(&arguments.model);
     let file = if path.exists() || path.extension().is_some_and(|e| e == "onnx") {
         Some(Model::open(&ModelSource::File(path.to_owned()))?)
     } else {
         None
     };
-    let split = open_data(arguments, file.as_ref(), &pool)?;
+    let split = open_data(arguments, file.as_ref(), pool)?;
     let model = match file {
         Some(model) => model,
         None => new_model(arguments, &split)?,
     };
+    let batch = arguments.learning.batch as usize;
+    let mut dims: Vec<Vec<usize>> = Vec::new();
+    for feature in split.train.features().iter().filter(|f| f.name != LABEL) {
+        dims.push(std::iter::once(batch).chain(feature.dims.iter().copied()).collect());
+    }
+    let imported = Box::new(model.graph().clone());
+    let sources = model.sources().to_vec();
+    let graph = model.for_training(&dims)?;
+    let ending = Ending::Graph(imported);
+    Ok(Prepared { split, graph, sources, scheme: None, usual_rate: None, ending, _reserved: None })
+}
+
+/// Trains, watches, and writes the model.
+pub fn run(arguments: &TrainArguments, output: Output) -> Outcome {
+    let baseline = Baseline::now();
+    let (resources, learning) = (&arguments.resources, &arguments.learning);
+    let profile = load_profile(resources.machine.as_deref())?;
+    let pool = MemoryPool::new(resources.memory);
+    let threads = resources.threads.unwrap_or_else(lightering_meter::host::cores);
+    let means = Means { threads, profile: &profile, pool: &pool, baseline: &baseline };
+
+    let language = language::is_one(&arguments.model);
+    let prepared = match language {
+        true => language::prepare(arguments, &pool)?,
+        false => prepare_graph(arguments, &pool)?,
+    };
+    let Prepared { split, graph, sources, scheme, usual_rate, ending, _reserved } = prepared;
+    let meant = Meant::of(arguments, usual_rate)?;
     if !output.quiet {
         eprintln!("{}", split.found);
     }
     let batch = learning.batch as usize;
-    let features = split.train.features();
-    let mut dims: Vec<Vec<usize>> = Vec::new();
-    for feature in features.iter().filter(|f| f.name != LABEL) {
-        dims.push(std::iter::once(batch).chain(feature.dims.iter().copied()).collect());
-    }
-    let imported = model.graph().clone();
-    let sources = model.sources().to_vec();
-    let graph = model.for_training(&dims)?;
     let loader_options = LoaderOptions {
         batch,
         seed: learning.seed,
@@ -124,10 +167,11 @@ pub fn run(arguments: &TrainArguments, output: Output) -> Outcome {
     let step_options = StepOptions {
         loss: meant.loss,
         rule: meant.optimizer.rule,
-        decay_matrices_only: false,
-        clip: learning.clip,
+        decay_matrices_only: language,
+        // Language models are trained so everywhere.
+        clip: learning.clip.or(language.then_some(1.0)),
         batch_norm: if learning.freeze_statistics { BatchNormMode::Frozen } else { BatchNormMode::Train },
-        scheme: None,
+        scheme,
         differentiate: lightering_graph::DifferentiateOptions::default(),
     };
     let evaluator = lightering_engine::Evaluator::new(MemoryPool::unbounded(), sources.clone());
@@ -180,8 +224,21 @@ pub fn run(arguments: &TrainArguments, output: Output) -> Outcome {
         (test_loss, test_accuracy) = (Some(loss), accuracy);
     }
     drop(loader);
-    let target = arguments.output.clone().unwrap_or_else(|| trained_name(path));
-    export_onnx(&trainer, &imported, &sources, &target)?;
+    let target = match (&arguments.output, &ending) {
+        (Some(target), _) => target.clone(),
+        (None, Ending::Graph(_)) => trained_name(Path::new(&arguments.model)),
+        (None, Ending::Language(_)) => LanguageTraining::name(&arguments.model),
+    };
+    match &ending {
+        Ending::Graph(imported) => export_onnx(&trainer, imported, &sources, &target)?,
+        Ending::Language(language) => {
+            for note in language.export(arguments, &trainer, &target)?.notes {
+                if !output.quiet {
+                    eprintln!("{note}");
+                }
+            }
+        }
+    }
     times.sort_by(f64::total_cmp);
     let measured = baseline.measured(Seconds(0.0), None, Bytes::ZERO);
     let mut decisions = trainer.decisions().to_vec();

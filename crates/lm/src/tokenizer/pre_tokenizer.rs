@@ -13,7 +13,7 @@ use super::VocabularyData;
 
 /// A way to cut words.
 #[derive(Debug)]
-pub(super) struct Rule {
+pub(crate) struct Rule {
     /// The values of `tokenizer.ggml.pre` that mean this rule.
     names: &'static [&'static str],
     steps: &'static [&'static str],
@@ -191,7 +191,7 @@ const RULES: &[Rule] = &[
 ];
 
 /// The rule that a vocabulary asks for.
-pub(super) fn rule(data: &VocabularyData) -> Result<&'static Rule> {
+pub(crate) fn rule(data: &VocabularyData) -> Result<&'static Rule> {
     // Files of the gemma4 family need not name their rule.
     let name = if data.model == "gemma4" { "gemma4" } else { data.pre.as_str() };
     let unknown = || Error::unsupported("tokenizer.ggml.pre", format!("the pre-tokenizer \"{name}\""));
@@ -225,7 +225,7 @@ enum Step {
 
 /// Cuts text into words.
 #[derive(Debug)]
-pub(super) struct PreTokenizer {
+pub(crate) struct PreTokenizer {
     steps: Vec<Step>,
 }
 

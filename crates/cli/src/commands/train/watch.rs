@@ -24,13 +24,18 @@ const CURVE_POINTS: u64 = 2_000;
 fn settings(arguments: &TrainArguments) -> BTreeMap<String, serde_json::Value> {
     let learning = &arguments.learning;
     let text = |t: &str| serde_json::Value::from(t);
-    BTreeMap::from([
+    let mut settings = BTreeMap::from([
         ("optimizer".to_owned(), text(&learning.optimizer)),
         ("loss".to_owned(), text(&learning.loss)),
         ("batch".to_owned(), learning.batch.into()),
         ("augment".to_owned(), text(arguments.samples.augment.as_deref().unwrap_or(""))),
         ("mix".to_owned(), text(arguments.samples.mix.as_deref().unwrap_or(""))),
-    ])
+    ]);
+    if super::language::is_one(&arguments.model) {
+        settings.insert("method".to_owned(), text(&arguments.language.method));
+        settings.insert("context".to_owned(), arguments.samples.context.into());
+    }
+    settings
 }
 
 /// Takes note of every event.
