@@ -181,7 +181,8 @@ impl PartOfProgram {
                     .iter()
                     .flatten()
                     .any(|o| place(o.tensor).is_some_and(|p| needed.contains(&p)));
-            if (part.updates && updates) || (wanted && !(updates && !part.updates)) {
+            let runs = if updates { part.updates } else { wanted };
+            if runs {
                 instructions[i] = true;
                 needed.extend(instruction.inputs.iter().flatten().filter_map(|o| place(o.tensor)));
             }

@@ -81,7 +81,8 @@ fn places(program: &Program, assignment: &Assignment) -> (Vec<(Range<usize>, u64
             let info = &program.tensors[spill.tensor];
             let start = match info.storage {
                 Storage::Buffer { buffer, offset } => assignment.buffer_offset[buffer] + offset,
-                _ => assignment.weight_offset[spill.weight],
+                Storage::Weight(weight) => assignment.weight_offset[weight],
+                _ => unreachable!("only what lies in the arena is spilled"),
             };
             let at = end + start as u64 % page;
             end = (at + info.size_bytes() as u64).next_multiple_of(page);

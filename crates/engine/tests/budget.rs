@@ -257,7 +257,7 @@ proptest! {
 }
 
 /// Long skips: early results that are needed again at the very end, as in a training step.
-fn mirrored(size: usize, depth: usize) -> Net {
+fn mirrored(size: usize, depth: usize, rounds: usize) -> Net {
     let mut net = Net::new();
     let mut x = net.graph.add_input("x", TensorType::fixed(DType::F32, &[1, 3, size, size]));
     let mut kept = Vec::new();
@@ -265,9 +265,11 @@ fn mirrored(size: usize, depth: usize) -> Net {
         x = net.conv(x, (if i == 0 { 3 } else { 16 }, 16), 3, 1, 1);
         kept.push(x);
     }
-    for (i, &skip) in kept.iter().enumerate().rev() {
-        x = net.graph.add_node(format!("join{i}"), Op::Binary(BinaryOp::Mul), &[x, skip], 1)[0];
-        x = net.conv(x, (16, 16), 3, 1, 1);
+    for round in 0..rounds {
+        for (i, &skip) in kept.iter().enumerate().rev() {
+            x = net.graph.add_node(format!("join{round}.{i}"), Op::Binary(BinaryOp::Mul), &[x, skip], 1)[0];
+            x = net.conv(x, (16, 16), 3, 1, 1);
+        }
     }
     net.graph.outputs.push(x);
     net
@@ -275,36 +277,39 @@ fn mirrored(size: usize, depth: usize) -> Net {
 
 #[test]
 fn tensors_that_wait_on_the_disk_come_back_with_the_same_bits() {
-    let (size, depth) = (96, 8);
-    let net = mirrored(size, depth);
-    let mut feed = picture(size);
-    let mut resident = net.session(None, 2).unwrap();
-    let expected = resident.run_to_values(&mut feed).unwrap();
-    let peak = resident.plan().predicted_peak;
-    let folder = tempfile::tempdir().unwrap();
-    let mut graph = net.graph.clone();
-    let sources: Vec<Arc<dyn ByteSource>> = vec![Arc::new(net.store.clone())];
-    let memory = MemoryPool::unbounded();
-    prepare(&mut graph, &Bindings::default(), &sources, &memory, &PrepareOptions::default()).unwrap();
-    let plan = PlanOptions {
-        budget: Some(Bytes(peak.0 * 6 / 10)),
-        spill: Some(folder.path().to_owned()),
-        ..PlanOptions::new(MachineProfile::conservative(), 2)
-    };
-    let mut session = Session::new(&graph, sources, &SessionOptions::new(plan)).unwrap();
-    let decision = session.plan().decisions.iter().find(|d| d.technique == "spill");
-    let spilled = decision.expect("nothing was spilled").bytes;
-    assert!(session.plan().predicted_peak <= session.plan().budget.unwrap());
-    for run in 1..=3 {
-        assert_eq!(session.run_to_values(&mut feed).unwrap(), expected, "another answer in run {run}");
-        assert_eq!(session.bytes_spilled(), Bytes(spilled.0 * run));
+    // With two rounds a tensor waits on the disk twice, the second time from where the first brought it back.
+    for (rounds, percent) in [(1, 60), (2, 60), (2, 45)] {
+        let net = mirrored(96, 8, rounds);
+        let mut feed = picture(96);
+        let mut resident = net.session(None, 2).unwrap();
+        let expected = resident.run_to_values(&mut feed).unwrap();
+        let peak = resident.plan().predicted_peak;
+        let folder = tempfile::tempdir().unwrap();
+        let mut graph = net.graph.clone();
+        let sources: Vec<Arc<dyn ByteSource>> = vec![Arc::new(net.store.clone())];
+        let memory = MemoryPool::unbounded();
+        prepare(&mut graph, &Bindings::default(), &sources, &memory, &PrepareOptions::default()).unwrap();
+        let plan = PlanOptions {
+            budget: Some(Bytes(peak.0 * percent / 100)),
+            spill: Some(folder.path().to_owned()),
+            ..PlanOptions::new(MachineProfile::conservative(), 2)
+        };
+        let mut session = Session::new(&graph, sources, &SessionOptions::new(plan)).unwrap();
+        let decision = session.plan().decisions.iter().find(|d| d.technique == "spill");
+        let spilled = decision.expect("nothing was spilled").bytes;
+        assert!(session.plan().predicted_peak <= session.plan().budget.unwrap());
+        for run in 1..=3 {
+            let values = session.run_to_values(&mut feed).unwrap();
+            assert_eq!(values, expected, "another answer in run {run} at {percent} % with {rounds} rounds");
+            assert_eq!(session.bytes_spilled(), Bytes(spilled.0 * run));
+        }
+        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0);
     }
-    assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0);
 }
 
 #[test]
 fn a_folder_that_cannot_be_spilled_to_is_named() {
-    let net = mirrored(96, 8);
+    let net = mirrored(96, 8, 1);
     let mut graph = net.graph.clone();
     let sources: Vec<Arc<dyn ByteSource>> = vec![Arc::new(net.store.clone())];
     let memory = MemoryPool::unbounded();

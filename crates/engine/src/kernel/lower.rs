@@ -423,6 +423,10 @@ fn lower_product(graph: &Graph, node: &Node, a: &MatMulAttributes, threads: usiz
     if node.input(2).is_some() && f32_dims(graph, node, 2)? != [n] {
         return None;
     }
+    // With more rows packing pays, once for the whole batch and on all threads: see the kernels of training.
+    if batch * m >= 32 && !is_constant(graph, node, 1) {
+        return None;
+    }
     let activation = activation_of(a.activation.as_ref())?;
     Some(Lowered {
         workspace: matmul_scratch_len(n, k, a.trans_b, threads) * size_of::<f32>(),

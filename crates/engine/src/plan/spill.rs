@@ -162,6 +162,12 @@ fn apply(program: &mut Program, gap: &Gap) {
             moved[operand.tensor] = Some(new);
             operand.tensor = new;
         }
+        // What is spilled once more later is written from where it then lies.
+        if let (Kernel::SpillStart(other), Some(Some(operand))) =
+            (&program.instructions[i].kernel, inputs.first())
+        {
+            program.spills[*other].tensor = operand.tensor;
+        }
         Arc::make_mut(&mut program.instructions[i]).inputs = inputs;
     }
     let spill = program.spills.len();
