@@ -448,6 +448,25 @@ impl Session {
         }
     }
 
+    /// Lends the bytes of a state to be changed, in pieces from the first to the last; `change` gets the place of the piece
+    /// within the state, too. What is read and written is counted by [`bytes_spilled`](Self::bytes_spilled) as in a run.
+    ///
+    /// # Errors
+    /// As [`read_state`](Self::read_state).
+    pub fn change_state(
+        &mut self,
+        name: &str,
+        change: &mut dyn FnMut(usize, &mut [u8]),
+    ) -> Result<(), EngineError> {
+        match (self.state(name)?, &self.spiller) {
+            ((_, Some(spill)), Some(spiller)) => spiller.change(spill, change),
+            ((operand, _), _) => {
+                change(0, &mut self.write(&operand)?);
+                Ok(())
+            }
+        }
+    }
+
     /// Runs the graph once: `feed` gives the inputs, `fetch` gets the outputs one after the other.
     ///
     /// # Errors

@@ -155,6 +155,23 @@ impl Spiller {
         Ok(())
     }
 
+    /// Reads a tensor's place in the file piece by piece, has each piece changed, and writes it back.
+    pub fn change(&self, spill: usize, change: &mut dyn FnMut(usize, &mut [u8])) -> Result<(), EngineError> {
+        let (_, offset) = &self.desk.places[spill];
+        let mut read = 0u64;
+        let mut failed = None;
+        self.fill(spill, |piece| {
+            if let Err(e) = self.desk.file.read_at(offset + read, piece) {
+                failed = Some(e);
+                return Err(EngineError::Internal("a state cannot be read".to_owned()));
+            }
+            change(read as usize, piece);
+            read += piece.len() as u64;
+            Ok(())
+        })
+        .map_err(|e| failed.take().map_or(e, EngineError::Spill))
+    }
+
     /// Has a tensor written; it must stay as it is until [`Spiller::finish`].
     pub fn start(&self, spill: usize) -> Result<(), EngineError> {
         self.desk.state().pending[spill] = true;

@@ -64,6 +64,8 @@ impl std::ops::AddAssign for Cost {
     }
 }
 
+/// Operations of a normally distributed number.
+const NORMAL: f64 = 30.0;
 /// Operations of a transcendental function.
 const TRANSCENDENTAL: f64 = 8.0;
 
@@ -324,6 +326,12 @@ fn train(op: &TrainOp, s: &Sizes<'_>) -> f64 {
             10.0 * s.x() * keys
         }
         TrainOp::Update { rule, .. } => s.x() * (2 + 4 * rule.moments()) as f64,
+        // A normal takes ten rounds of integers and half a Box-Muller pair; a visit makes three of them.
+        TrainOp::Perturb { part, .. } => {
+            let normals = if *part == crate::PerturbPart::Begin { 2.0 } else { 1.0 };
+            s.x() * NORMAL * normals
+        }
+        TrainOp::GatherPerturbed { .. } => s.out() * NORMAL * 3.0,
     }
 }
 

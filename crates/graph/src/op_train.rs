@@ -167,6 +167,35 @@ pub enum TrainOp {
         /// Axis of `channels`.
         axis: usize,
     },
+    /// `(parameter, zo, seeds) -> parameter`, in place: part of a step along random directions (MeZO). `zo` is `[eps, rate,
+    /// gradient, pending]`: how far, then learning rate and projected gradient of the step before, and what is left of that:
+    /// 0 nothing, 1 to go back, 2 to go back and to follow the gradient. `seeds` are the integers of the noise of the step
+    /// before and of this one.
+    Perturb {
+        /// Number of the parameter, which tells its noise from that of others.
+        stream: u32,
+        /// Which part.
+        part: PerturbPart,
+        /// Weight decay.
+        decay: f32,
+    },
+    /// `(table, indices, zo, seeds) -> (plus, minus)`: rows of a table of two dimensions as they are after
+    /// [`PerturbPart::Begin`] and after [`PerturbPart::Cross`], the table staying as it is.
+    GatherPerturbed {
+        /// As in [`TrainOp::Perturb`].
+        stream: u32,
+        /// Weight decay.
+        decay: f32,
+    },
+}
+
+/// Part of a step along a random direction `z`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub enum PerturbPart {
+    /// What is left of the step before, then `parameter += eps·z`.
+    Begin,
+    /// `parameter -= 2·eps·z`.
+    Cross,
 }
 
 /// Which elements a mask lets through.
@@ -281,6 +310,8 @@ impl TrainOp {
             TrainOp::RecurrentGrad { .. } => (9, 11),
             TrainOp::AttentionGrad(_) => (5, 5),
             TrainOp::Update { rule, .. } => (3 + rule.moments(), 4 + rule.moments()),
+            TrainOp::Perturb { .. } => (3, 3),
+            TrainOp::GatherPerturbed { .. } => (4, 4),
         }
     }
 
@@ -289,6 +320,7 @@ impl TrainOp {
         match self {
             TrainOp::TrackStatistics { .. } => 2,
             TrainOp::Update { rule, .. } => 1 + rule.moments(),
+            TrainOp::Perturb { .. } => 1,
             _ => 0,
         }
     }

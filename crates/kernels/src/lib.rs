@@ -69,7 +69,9 @@ pub use matmul::{
     AttentionMask, AttentionShape, HeadStrides, Matrices, attention, attention_scratch_len, matmul,
     matmul_scratch_len,
 };
-pub use noise::{Noise, add_noise};
+pub use noise::{
+    Noise, Pending, PerturbStep, Perturbation, ReplayStep, add_noise, gather_perturbed, perturb, replay_steps,
+};
 pub use norm::{layer_norm, rms_norm, softmax};
 pub use pack_rows::{pack_conv_rows, pack_kn_rows, pack_nk_rows};
 pub use pool::{PoolKind, PoolShape, global_average_pool, pool2d};

@@ -157,6 +157,244 @@ pub fn add_noise(threads: &ThreadPool, noise: Noise, start: usize, amount: f32, 
     });
 }
 
+/// What of the step before is still to be done when a parameter is visited; see [`perturb`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Pending {
+    /// Nothing.
+    Nothing,
+    /// The parameter stands at `w - eps·z` and goes back.
+    Restore,
+    /// It goes back and follows the projected gradient.
+    Update,
+}
+
+/// Which part of a zeroth-order step is made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum PerturbStep {
+    /// What is pending of the step before, then `w += eps·z`.
+    Begin,
+    /// `w += -2·eps·z`.
+    Cross,
+    /// Only what is pending.
+    Settle,
+}
+
+/// A step along random directions (MeZO, arXiv 2305.17333; ZO2, arXiv 2503.12668): what is needed to change any part of
+/// a parameter.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Perturbation {
+    /// Seeds of the step before and of this one.
+    pub seeds: [u64; 2],
+    /// Number of the parameter.
+    pub stream: u32,
+    /// How far from the parameters the loss is looked at; 0 leaves them where they are.
+    pub eps: f32,
+    /// Learning rate of the step before.
+    pub rate: f32,
+    /// Projected gradient of the step before.
+    pub gradient: f32,
+    /// Weight decay.
+    pub decay: f32,
+    /// What is left of the step before.
+    pub pending: Pending,
+}
+
+impl Perturbation {
+    fn noise(&self, step: usize) -> Noise {
+        Noise { key: self.seeds[step], stream: self.stream }
+    }
+
+    /// Changes elements of one block; `before` and `now` are the noise of both steps.
+    #[inline(always)]
+    fn change(&self, step: PerturbStep, target: &mut [f32], before: &[f32], now: &[f32]) {
+        if step != PerturbStep::Cross && self.pending != Pending::Nothing {
+            for (w, z) in target.iter_mut().zip(before) {
+                *w += self.eps * z;
+            }
+            if self.pending == Pending::Update {
+                for (w, z) in target.iter_mut().zip(before) {
+                    *w -= self.rate * (self.gradient * z + self.decay * *w);
+                }
+            }
+        }
+        let amount = match step {
+            PerturbStep::Begin => self.eps,
+            PerturbStep::Cross => -2.0 * self.eps,
+            PerturbStep::Settle => return,
+        };
+        for (w, z) in target.iter_mut().zip(now) {
+            *w += amount * z;
+        }
+    }
+}
+
+struct Perturb<'a> {
+    what: Perturbation,
+    step: PerturbStep,
+    start: usize,
+    target: &'a mut [f32],
+}
+
+impl Kernel for Perturb<'_> {
+    type Output = ();
+    #[inline(always)]
+    fn run<S: Simd>(self, _: S) {
+        let (mut before, mut now) = ([0f32; BLOCK], [0f32; BLOCK]);
+        let needs_before = self.step != PerturbStep::Cross && self.what.pending != Pending::Nothing;
+        let needs_now = self.step != PerturbStep::Settle;
+        let mut at = self.start;
+        let mut rest = self.target;
+        while !rest.is_empty() {
+            let (block, skip) = ((at / BLOCK) as u64, at % BLOCK);
+            let len = rest.len().min(BLOCK - skip);
+            let (chunk, tail) = rest.split_at_mut(len);
+            if needs_before {
+                block_normals(self.what.noise(0), block, &mut before);
+            }
+            if needs_now {
+                block_normals(self.what.noise(1), block, &mut now);
+            }
+            match <&mut [f32; BLOCK]>::try_from(&mut *chunk) {
+                Ok(whole) => self.what.change(self.step, whole, &before, &now),
+                Err(_) => self.what.change(self.step, chunk, &before[skip..], &now[skip..]),
+            }
+            (at, rest) = (at + len, tail);
+        }
+    }
+}
+
+/// Changes elements `start..` of a parameter as a step says. The bits are the same for any number of threads, any
+/// instruction set and any division into parts.
+pub fn perturb(
+    threads: &ThreadPool,
+    what: &Perturbation,
+    step: PerturbStep,
+    start: usize,
+    target: &mut [f32],
+) {
+    let idle = match step {
+        PerturbStep::Begin => what.eps == 0.0 && what.pending == Pending::Nothing,
+        PerturbStep::Cross => what.eps == 0.0,
+        PerturbStep::Settle => what.pending == Pending::Nothing,
+    };
+    if idle {
+        return;
+    }
+    let n = target.len();
+    let shared = Shareable(target.as_mut_ptr());
+    threads.parallel_for(n.div_ceil(TASK), &|task, _| {
+        let first = task * TASK;
+        let len = TASK.min(n - first);
+        // SAFETY: tasks write disjoint ranges of `target`.
+        let part = unsafe { std::slice::from_raw_parts_mut(shared.get().add(first), len) };
+        dispatch(threads.isa(), Perturb { what: *what, step, start: start + first, target: part });
+    });
+}
+
+/// Rows of a table as a step sees them, the table itself staying as it is: row `i` of `plus` is row `rows[i]` after
+/// [`PerturbStep::Begin`], that of `minus` after [`PerturbStep::Cross`], too.
+///
+/// # Panics
+/// When a row is not in the table, or the results do not have one row per index.
+pub fn gather_perturbed(
+    threads: &ThreadPool,
+    what: &Perturbation,
+    table: &[f32],
+    width: usize,
+    rows: &[usize],
+    plus: &mut [f32],
+    minus: &mut [f32],
+) {
+    assert!(plus.len() == rows.len() * width && minus.len() == plus.len(), "one row per index");
+    let (shared_plus, shared_minus) = (Shareable(plus.as_mut_ptr()), Shareable(minus.as_mut_ptr()));
+    let single = ThreadPool::with_isa(1, threads.isa());
+    threads.parallel_for(rows.len(), &|i, _| {
+        let start = rows[i] * width;
+        let row = &table[start..start + width];
+        // SAFETY: tasks write disjoint rows.
+        let (plus, minus) = unsafe {
+            (
+                std::slice::from_raw_parts_mut(shared_plus.get().add(i * width), width),
+                std::slice::from_raw_parts_mut(shared_minus.get().add(i * width), width),
+            )
+        };
+        plus.copy_from_slice(row);
+        perturb(&single, what, PerturbStep::Begin, start, plus);
+        minus.copy_from_slice(plus);
+        perturb(&single, what, PerturbStep::Cross, start, minus);
+    });
+}
+
+/// A step of a log.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct ReplayStep {
+    /// Its seed.
+    pub seed: u64,
+    /// Its learning rate.
+    pub rate: f32,
+    /// Its projected gradient; `None` when the step was left out.
+    pub gradient: Option<f32>,
+}
+
+struct Replay<'a> {
+    stream: u32,
+    eps: f32,
+    decay: f32,
+    steps: &'a [ReplayStep],
+    start: usize,
+    target: &'a mut [f32],
+}
+
+impl Kernel for Replay<'_> {
+    type Output = ();
+    #[inline(always)]
+    fn run<S: Simd>(self, _: S) {
+        let mut z = [0f32; BLOCK];
+        let mut at = self.start;
+        let mut rest = self.target;
+        while !rest.is_empty() {
+            let (block, skip) = ((at / BLOCK) as u64, at % BLOCK);
+            let len = rest.len().min(BLOCK - skip);
+            let (chunk, tail) = rest.split_at_mut(len);
+            for step in self.steps {
+                block_normals(Noise { key: step.seed, stream: self.stream }, block, &mut z);
+                for (w, z) in chunk.iter_mut().zip(&z[skip..]) {
+                    *w += self.eps * z;
+                    *w += -2.0 * self.eps * z;
+                    *w += self.eps * z;
+                }
+                if let Some(gradient) = step.gradient {
+                    for (w, z) in chunk.iter_mut().zip(&z[skip..]) {
+                        *w -= step.rate * (gradient * z + self.decay * *w);
+                    }
+                }
+            }
+            (at, rest) = (at + len, tail);
+        }
+    }
+}
+
+/// Makes all of `steps` again on elements `start..` of parameter `stream`, with the roundings of the perturbations.
+pub fn replay_steps(
+    threads: &ThreadPool,
+    stream: u32,
+    [eps, decay]: [f32; 2],
+    steps: &[ReplayStep],
+    start: usize,
+    target: &mut [f32],
+) {
+    let n = target.len();
+    let shared = Shareable(target.as_mut_ptr());
+    threads.parallel_for(n.div_ceil(TASK), &|task, _| {
+        let first = task * TASK;
+        let len = TASK.min(n - first);
+        // SAFETY: tasks write disjoint ranges of `target`.
+        let part = unsafe { std::slice::from_raw_parts_mut(shared.get().add(first), len) };
+        let start = start + first;
+        dispatch(threads.isa(), Replay { stream, eps, decay, steps, start, target: part });
+    });
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -219,5 +457,109 @@ mod tests {
                 z.windows(shift + 1).map(|w| f64::from(w[0]) * f64::from(w[shift])).sum::<f64>() / n;
             assert!(correlation.abs() < 0.005, "{shift}: {correlation}");
         }
+    }
+
+    fn example(pending: Pending) -> Perturbation {
+        Perturbation { seeds: [3, 4], stream: 9, eps: 1e-2, rate: 0.1, gradient: -1.5, decay: 0.01, pending }
+    }
+
+    #[test]
+    fn a_step_is_the_sequence_of_its_parts_at_any_offset() {
+        let pool = ThreadPool::new(2);
+        let n = TASK + 333;
+        let first: Vec<f32> = (0..n).map(|i| (i as f32 * 0.37).sin()).collect();
+        let z = |key: u64| {
+            let mut z = vec![0f32; n];
+            add_noise(&pool, Noise { key, stream: 9 }, 0, 1.0, &mut z);
+            z
+        };
+        let (before, now) = (z(3), z(4));
+        let p = example(Pending::Update);
+        let expected: Vec<f32> = (0..n)
+            .map(|i| {
+                let mut w = first[i];
+                w += p.eps * before[i];
+                w -= p.rate * (p.gradient * before[i] + p.decay * w);
+                w += p.eps * now[i];
+                w += -2.0 * p.eps * now[i];
+                w
+            })
+            .collect();
+        let mut whole = first.clone();
+        perturb(&pool, &p, PerturbStep::Begin, 0, &mut whole);
+        perturb(&pool, &p, PerturbStep::Cross, 0, &mut whole);
+        assert_eq!(whole, expected);
+        for cut in [1, 63, 100, TASK + 5] {
+            let mut part = first[cut..].to_vec();
+            perturb(&pool, &p, PerturbStep::Begin, cut, &mut part);
+            perturb(&pool, &p, PerturbStep::Cross, cut, &mut part);
+            assert_eq!(part, expected[cut..], "{cut}");
+        }
+        let mut kept = first.clone();
+        let still = Perturbation { eps: 0.0, ..example(Pending::Nothing) };
+        perturb(&pool, &still, PerturbStep::Begin, 0, &mut kept);
+        assert_eq!(kept, first);
+    }
+
+    #[test]
+    fn gathered_rows_have_the_bits_of_the_changed_table() {
+        let pool = ThreadPool::new(2);
+        let (height, width) = (11, 37);
+        let table: Vec<f32> = (0..height * width).map(|i| (i as f32 * 0.71).cos()).collect();
+        let p = example(Pending::Update);
+        let rows = [3usize, 0, 10, 3];
+        let (mut plus, mut minus) = (vec![0f32; 4 * width], vec![0f32; 4 * width]);
+        gather_perturbed(&pool, &p, &table, width, &rows, &mut plus, &mut minus);
+        let mut changed = table.clone();
+        let check = |changed: &[f32], found: &[f32]| {
+            for (i, &r) in rows.iter().enumerate() {
+                assert_eq!(found[i * width..(i + 1) * width], changed[r * width..(r + 1) * width]);
+            }
+        };
+        perturb(&pool, &p, PerturbStep::Begin, 0, &mut changed);
+        check(&changed, &plus);
+        perturb(&pool, &p, PerturbStep::Cross, 0, &mut changed);
+        check(&changed, &minus);
+    }
+
+    #[test]
+    fn a_replay_is_the_steps_one_after_the_other() {
+        let pool = ThreadPool::new(2);
+        let n = 500;
+        let mut w: Vec<f32> = (0..n).map(|i| (i as f32 * 0.37).sin()).collect();
+        let first = w.clone();
+        let steps: Vec<ReplayStep> = (0..5u64)
+            .map(|i| ReplayStep {
+                seed: 100 + i,
+                rate: 0.01 * (i + 1) as f32,
+                gradient: (i != 2).then_some(0.5 - i as f32),
+            })
+            .collect();
+        let mut before: Option<ReplayStep> = None;
+        for next in steps.iter().map(Some).chain([None]) {
+            let p = Perturbation {
+                seeds: [before.map_or(0, |b| b.seed), next.map_or(0, |s| s.seed)],
+                stream: 9,
+                eps: 1e-3,
+                rate: before.map_or(0.0, |b| b.rate),
+                gradient: before.and_then(|b| b.gradient).unwrap_or(0.0),
+                decay: 0.1,
+                pending: match before {
+                    None => Pending::Nothing,
+                    Some(ReplayStep { gradient: None, .. }) => Pending::Restore,
+                    Some(_) => Pending::Update,
+                },
+            };
+            if next.is_some() {
+                perturb(&pool, &p, PerturbStep::Begin, 0, &mut w);
+                perturb(&pool, &p, PerturbStep::Cross, 0, &mut w);
+            } else {
+                perturb(&pool, &p, PerturbStep::Settle, 0, &mut w);
+            }
+            before = next.copied();
+        }
+        let mut replayed = first[70..].to_vec();
+        replay_steps(&pool, 9, [1e-3, 0.1], &steps, 70, &mut replayed);
+        assert_eq!(replayed, w[70..]);
     }
 }

@@ -2,13 +2,14 @@
 
 use lightering_graph::{
     Constant, ConvAttributes, Direction, GemmAttributes, Graph, Layout, MaskRule, MatMulAttributes, Node, Op,
-    PoolAttributes, RecurrentAttributes, RecurrentCell, ReduceOp, TrainOp, UnaryOp, UpdateRule,
+    PerturbPart, PoolAttributes, RecurrentAttributes, RecurrentCell, ReduceOp, TrainOp, UnaryOp, UpdateRule,
 };
 use lightering_kernels::training::{
     self as kernels, AdamRule, LossShape, LstmGradients, LstmOperands, LstmShape, Schedule, Target,
     TrainConv, Transposed, UnaryGrad, UpdatePlace,
 };
 use lightering_kernels::{Activation, AttentionMask, AttentionShape, Matrices, PoolShape, transpose};
+use lightering_kernels::{Pending, PerturbStep, Perturbation};
 use lightering_units::DType;
 
 use super::lower::{Lowered, attention_of, dims_of, f32_dims, pair, shape_of, window_pads};
@@ -108,6 +109,17 @@ pub(crate) enum TrainKernel {
         axis: usize,
         inner: usize,
     },
+    Perturb {
+        stream: u32,
+        step: PerturbStep,
+        decay: f32,
+    },
+    /// Rows of a table of so many columns.
+    GatherPerturbed {
+        stream: u32,
+        decay: f32,
+        width: usize,
+    },
 }
 
 impl TrainKernel {
@@ -140,6 +152,8 @@ impl TrainKernel {
             TrainKernel::AttentionGrad { .. } => "attention grad",
             TrainKernel::LstmGrad(_) => "lstm grad",
             TrainKernel::Update { .. } => "update",
+            TrainKernel::Perturb { .. } => "perturb",
+            TrainKernel::GatherPerturbed { .. } => "gather perturbed",
         }
     }
 
@@ -520,6 +534,31 @@ fn train(graph: &Graph, node: &Node, op: &TrainOp, threads: usize) -> Choice {
             };
             (TrainKernel::Update { rule: *rule, outer, axis, inner }, 0)
         }
+        TrainOp::Perturb { stream, part, decay } => {
+            f32_dims(graph, node, 0)?;
+            f32_dims(graph, node, 1)?;
+            if !is_index(graph, node, 2) {
+                return None;
+            }
+            let step = match part {
+                PerturbPart::Begin => PerturbStep::Begin,
+                PerturbPart::Cross => PerturbStep::Cross,
+            };
+            (TrainKernel::Perturb { stream: *stream, step, decay: *decay }, 0)
+        }
+        TrainOp::GatherPerturbed { stream, decay } => {
+            let table = f32_dims(graph, node, 0)?;
+            f32_dims(graph, node, 2)?;
+            if !is_index(graph, node, 1) || !is_index(graph, node, 3) {
+                return None;
+            }
+            let rows = graph.value(node.outputs.iter().flatten().next().copied()?).ty.tensor()?.elements()?
+                / table[1].max(1);
+            // Where the rows of a result go that nobody wants.
+            let unwanted = node.outputs.iter().take(2).filter(|o| o.is_none()).count() * rows * table[1];
+            let kernel = TrainKernel::GatherPerturbed { stream: *stream, decay: *decay, width: table[1] };
+            (kernel, unwanted)
+        }
         _ => return None,
     })
 }
@@ -615,6 +654,12 @@ impl Call<'_> {
         let no_label = |label: i64| invalid(format!("label {label} is no class"));
         if let TrainKernel::Update { rule, outer, axis, inner } = kernel {
             return self.update(*rule, [*outer, *axis, *inner], outputs);
+        }
+        if let TrainKernel::Perturb { stream, step, decay } = kernel {
+            let what = self.perturbation(*stream, *decay, 1)?;
+            let Some(Some(parameter)) = outputs.first_mut() else { return Err(self.missing("a state")) };
+            lightering_kernels::perturb(pool, &what, *step, 0, parameter.as_mut_slice::<f32>());
+            return Ok(());
         }
         if let TrainKernel::SignMask(rule) = kernel {
             let x = self.f32(0)?;
@@ -836,9 +881,68 @@ impl Call<'_> {
                 };
                 kernels::lstm_grad(pool, shape, &operands, results, scratch);
             }
-            TrainKernel::Update { .. } | TrainKernel::SignMask(_) => {}
+            TrainKernel::GatherPerturbed { stream, decay, width } => {
+                let what = self.perturbation(*stream, *decay, 2)?;
+                let (plus, minus) = match (next(), next()) {
+                    (Some(plus), Some(minus)) => (plus, minus),
+                    (Some(plus), None) => (plus, &mut *scratch),
+                    (None, Some(minus)) => (&mut *scratch, minus),
+                    (None, None) => return Ok(()),
+                };
+                let table = self.f32(0)?;
+                let height = table.len().checked_div(*width).unwrap_or(0) as i64;
+                let indices = match self.inputs.get(1) {
+                    Some(Some(indices)) => indices,
+                    _ => return Err(self.missing("the indices")),
+                };
+                let count = indices.dims.iter().product();
+                let rows: Result<Vec<usize>, EngineError> = (0..count)
+                    .map(|i| {
+                        let row = integer(indices, i);
+                        let from_front = if row < 0 { row + height } else { row };
+                        if (0..height).contains(&from_front) {
+                            Ok(from_front as usize)
+                        } else {
+                            Err(invalid(format!("row {row} of a table with {height}")))
+                        }
+                    })
+                    .collect();
+                let size = count * width;
+                lightering_kernels::gather_perturbed(
+                    pool,
+                    &what,
+                    table,
+                    *width,
+                    &rows?,
+                    &mut plus[..size],
+                    &mut minus[..size],
+                );
+            }
+            TrainKernel::Update { .. } | TrainKernel::SignMask(_) | TrainKernel::Perturb { .. } => {}
         }
         Ok(())
+    }
+
+    /// What `zo` and `seeds`, operands from `first` on, say about a parameter.
+    fn perturbation(&self, stream: u32, decay: f32, first: usize) -> Result<Perturbation, EngineError> {
+        let zo = self.f32(first)?;
+        let seeds = match self.inputs.get(first + 1) {
+            Some(Some(seeds)) => seeds,
+            _ => return Err(self.missing("the seeds")),
+        };
+        Ok(Perturbation {
+            seeds: [integer(seeds, 0) as u64, integer(seeds, 1) as u64],
+            stream,
+            eps: zo[0],
+            rate: zo[1],
+            gradient: zo[2],
+            decay,
+            pending: match zo[3] {
+                x if x >= 2.0 => Pending::Update,
+                x if x >= 1.0 => Pending::Restore,
+                _ => Pending::Nothing,
+            },
+        })
     }
 
     fn labels(&self) -> Result<&TensorView<'_>, EngineError> {

@@ -368,9 +368,10 @@ fn run<T: Real>(
             };
             attention_grad(&shape, [q, k, v], mask, &dy, outputs, workspace)
         }
-        TrainOp::Update { .. } | TrainOp::TrackStatistics { .. } => {
-            unsupported("updates of parameters outside a planned step")
-        }
+        TrainOp::Update { .. }
+        | TrainOp::TrackStatistics { .. }
+        | TrainOp::Perturb { .. }
+        | TrainOp::GatherPerturbed { .. } => unsupported("updates of parameters outside a planned step"),
     }
 }
 

@@ -191,7 +191,31 @@ pub(super) fn train(o: &Operands<'_>, op: &TrainOp) -> Rule<Vec<ValueType>> {
             vec![floats(o, 0, "q")?.to_type(), floats(o, 1, "k")?.to_type(), floats(o, 2, "v")?.to_type()]
         }
         TrainOp::Update { rule, axis } => update(o, *rule, *axis)?,
+        TrainOp::Perturb { .. } => {
+            zeroth_order_settings(o, 1)?;
+            vec![floats(o, 0, "the parameter")?.to_type()]
+        }
+        TrainOp::GatherPerturbed { .. } => {
+            let (table, indices) = (floats(o, 0, "the table")?, o.tensor(1, "the indices")?);
+            table.require_rank(2)?;
+            indices.require(Class::Integer)?;
+            zeroth_order_settings(o, 2)?;
+            let shape = indices.shape.as_ref().zip(table.shape.as_ref()).map(|(rows, table)| {
+                let mut shape = rows.clone();
+                shape.push(table[1].clone());
+                shape
+            });
+            vec![typed(table.dtype, shape.clone()), typed(table.dtype, shape)]
+        }
     })
+}
+
+/// `zo` and `seeds`, from operand `first` on.
+fn zeroth_order_settings(o: &Operands<'_>, first: usize) -> Rule<()> {
+    floats(o, first, "zo")?.require_shape(&[Dim::Fixed(4)])?;
+    let seeds = o.tensor(first + 1, "the seeds")?;
+    seeds.require(Class::Integer)?;
+    seeds.require_shape(&[Dim::Fixed(2)])
 }
 
 /// Element type and shape of the rows that a cross-entropy is taken over.
