@@ -22,6 +22,41 @@ pub fn export_onnx(
     sources: &[Arc<dyn ByteSource>],
     path: &Path,
 ) -> Result<(), TrainError> {
+    write_onnx(trainer, model, sources, path)
+}
+
+/// Tensors of a training, lent one after the other.
+pub trait StateReader {
+    /// Names and types.
+    fn states(&self) -> Vec<(String, TensorType)>;
+
+    /// Lends the bytes of a tensor, in one or several pieces from the first to the last.
+    ///
+    /// # Errors
+    /// There is no such tensor, or the disk fails where it waits.
+    fn read(&self, name: &str, read: &mut dyn FnMut(&[u8])) -> Result<(), TrainError>;
+}
+
+impl StateReader for Trainer {
+    fn states(&self) -> Vec<(String, TensorType)> {
+        Trainer::states(self).map(|(name, ty)| (name.to_owned(), ty)).collect()
+    }
+
+    fn read(&self, name: &str, read: &mut dyn FnMut(&[u8])) -> Result<(), TrainError> {
+        Ok(self.read_state(name, read)?)
+    }
+}
+
+/// As [`export_onnx`], for anything that can lend what was learnt.
+///
+/// # Errors
+/// As [`export_onnx`].
+pub fn write_onnx(
+    trainer: &dyn StateReader,
+    model: &Graph,
+    sources: &[Arc<dyn ByteSource>],
+    path: &Path,
+) -> Result<(), TrainError> {
     let mut name = path.file_name().unwrap_or_default().to_owned();
     name.push(".weights.tmp");
     let weights = path.with_file_name(name);
@@ -32,7 +67,7 @@ pub fn export_onnx(
 }
 
 fn write(
-    trainer: &Trainer,
+    trainer: &dyn StateReader,
     model: &Graph,
     sources: &[Arc<dyn ByteSource>],
     weights: &Path,
@@ -61,7 +96,7 @@ fn write(
             ));
         }
         let mut result = Ok(());
-        trainer.read_state(name, &mut |piece| {
+        trainer.read(&name, &mut |piece| {
             if result.is_ok() {
                 result = out.write_all(piece);
             }

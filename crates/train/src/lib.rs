@@ -40,13 +40,14 @@ mod report;
 mod schedule;
 mod step;
 mod trainer;
+mod zeroth_order;
 
 pub use augment::{Augmentation, Mixing};
 pub use checkpoint::{Checkpoint, Checkpoints, Found, TrainState};
 pub use data::*;
 pub use error::TrainError;
 pub use events::{EventWriter, crc32c};
-pub use export::export_onnx;
+pub use export::{StateReader, export_onnx, write_onnx};
 pub use fit::{Control, Epoch, Event, FitOptions, RightAnswers, evaluate, fit};
 pub use loader::{Batch, Loader, LoaderOptions, Position};
 pub use loss::Loss;
@@ -60,3 +61,4 @@ pub use step::{
     AUXILIARY_LOSS, Change, EVALUATION, LOSS, SCHEDULE, Step, StepOptions, build_step, trainable_parameters,
 };
 pub use trainer::{ChosenStep, Prediction, StepReport, Trainer, choose};
+pub use zeroth_order::*;

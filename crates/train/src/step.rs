@@ -340,7 +340,7 @@ fn without_decay(rule: UpdateRule) -> UpdateRule {
 }
 
 /// The forward pass as it is evaluated: batch normalisations use what they track. Values keep their numbers.
-fn inference_of(train: &Graph) -> Graph {
+pub(crate) fn inference_of(train: &Graph) -> Graph {
     let mut graph = train.clone();
     // The running statistics that belong to those of a batch.
     let mut tracked = HashMap::new();
