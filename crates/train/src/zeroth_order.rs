@@ -491,6 +491,3 @@ pub fn dual_forward(forward: &Graph, loss: ValueId, parameters: &[ZoParameter]) 
 
 #[cfg(test)]
 mod tests;
-
-#[cfg(test)]
-mod tests;
