@@ -45,6 +45,7 @@ fn philox(key: [u32; 2], counter: [[u32; LANES]; 4]) -> [[u32; LANES]; 4] {
 }
 
 /// Natural logarithm of a number in `[2^-24, 1]`, to about 1e-7.
+#[allow(clippy::excessive_precision, reason = "the coefficients as they are published")]
 #[inline(always)]
 fn ln(x: f32) -> f32 {
     let bits = x.to_bits();
