@@ -106,7 +106,7 @@ pub struct LanguageArguments {
     pub method: String,
     /// Tokens of a new model's vocabulary, which is learned from the text
     #[arg(long, value_name = "N", default_value = "2048", value_parser = clap::value_parser!(u32).range(258..=65536))]
-    pub vocabulary: u32,
+    pub vocabulary_size: u32,
     /// Longest text of a new model, in tokens [default: --context]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(2..))]
     pub model_context: Option<u32>,

@@ -50,7 +50,7 @@ pub(super) fn prepare(arguments: &TrainArguments, pool: &MemoryPool) -> Outcome<
                 "--method full, or a GGUF file to start from",
             ));
         }
-        let vocabulary = train_byte_pairs(&text, words.vocabulary as usize)?;
+        let vocabulary = train_byte_pairs(&text, words.vocabulary_size as usize)?;
         let longest = words.model_context.map_or(context, |n| n as usize);
         let model = shape.describe(&vocabulary, longest.max(context))?;
         (model, Tokenizer::new(vocabulary)?, true)
