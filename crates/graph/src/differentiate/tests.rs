@@ -270,25 +270,3 @@ fn picked_weights_become_states_that_start_with_their_value() {
     assert!(states.iter().all(|&v| matches!(g.value(v).kind, ValueKind::State(Some(_)))));
     assert!(run(&mut g, loss, &["w0"], &DifferentiateOptions::default())[0].is_some());
 }
-
-#[test]
-fn weights_in_blocks_are_decoded_in_parts() {
-    let mut graph = Graph::new("head");
-    let x = graph.add_input("x", TensorType::fixed(DType::F32, &[2, 4096]));
-    let w = graph.add_input("w", TensorType::fixed(DType::U8, &[5000, 4096 * 4]));
-    let op = crate::LmOp::BlockMatMul { format: lightering_units::BlockFormat::F32 };
-    let y = graph.add_node("y", Op::Lm(Box::new(op)), &[x, w], 1)[0];
-    let sum = Op::Reduce { op: ReduceOp::Sum, keep_dims: false, noop_with_empty_axes: false };
-    let loss = graph.add_node("loss", sum, &[y], 1)[0];
-    graph.infer().unwrap();
-    let gradient = differentiate(&mut graph, loss, &[x], &DifferentiateOptions::default()).unwrap();
-    graph.outputs = vec![loss, gradient[0].unwrap()];
-    graph.verify().unwrap();
-    // 8 Mi elements are 2048 of these rows.
-    let decoded: Vec<usize> = graph
-        .iter_nodes()
-        .filter(|(_, n)| n.op.name() == "BlockGather")
-        .map(|(_, n)| graph.value(n.out()).ty.tensor().unwrap().dims().unwrap()[0])
-        .collect();
-    assert_eq!(decoded, [2048, 2048, 904]);
-}
