@@ -48,6 +48,8 @@ struct TrainReport {
     bytes_spilled: Bytes,
     decisions: Vec<Decision>,
     seed: u64,
+    /// What the written model expects to have been done to its input.
+    normalisation: Option<(Vec<f32>, Vec<f32>)>,
     output: PathBuf,
 }
 
@@ -261,6 +263,12 @@ pub fn run(arguments: &TrainArguments, output: Output) -> Outcome {
         bytes_spilled: trainer.session().bytes_spilled(),
         decisions,
         seed: learning.seed,
+        normalisation: split
+            .train
+            .features()
+            .first()
+            .and_then(|f| f.normalisation.as_ref())
+            .map(|n| (n.mean.clone(), n.std.clone())),
         output: target,
     };
     output.result(&report, &text_of(&report, &table))?;
@@ -375,6 +383,9 @@ fn text_of(report: &TrainReport, table: &Table) -> String {
     );
     for d in &report.decisions {
         let _ = writeln!(text, "{:<17} {} ({}): {}", d.technique, d.what, d.bytes, d.why);
+    }
+    if let Some((mean, std)) = &report.normalisation {
+        let _ = writeln!(text, "input             (x - {mean:?}) / {std:?}, as the model now expects it");
     }
     let _ = writeln!(text, "written to        {}", report.output.display());
     text
