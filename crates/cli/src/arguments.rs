@@ -64,6 +64,9 @@ pub enum Command {
     Bench(BenchArguments),
     /// Train a model on your data, inside a budget
     Train(TrainArguments),
+    /// Fine-tune a trained model on your data inside a budget: train with kept statistics, a third of the usual rate and
+    /// what learns chosen to fit
+    Tune(TrainArguments),
     /// Continue a text with a language model, inside a budget
     Generate(GenerateArguments),
     /// Tell how well a language model foresees a text

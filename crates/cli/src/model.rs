@@ -115,7 +115,8 @@ pub struct Means<'a> {
 }
 
 impl Means<'_> {
-    fn plan_options(&self, budget: Option<Bytes>) -> PlanOptions {
+    /// How a plan is made within `budget`.
+    pub fn plan_options(&self, budget: Option<Bytes>) -> PlanOptions {
         PlanOptions { budget, ..PlanOptions::new(self.profile.clone(), self.threads as usize) }
     }
 }

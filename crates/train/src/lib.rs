@@ -38,6 +38,7 @@ mod optimizer;
 mod random;
 mod report;
 mod schedule;
+pub mod scheme;
 mod step;
 mod trainer;
 mod zeroth_order;

@@ -3,7 +3,10 @@
 
 use std::collections::{HashMap, HashSet};
 
-use lightering_graph::passes::{BatchNormForTraining, BatchNormMode, Evaluate, Pass, Pipeline};
+use lightering_graph::passes::{
+    BatchNormForTraining, BatchNormFusion, BatchNormMode, Evaluate, Pass, Pipeline, PlaceUpdates, keep_signs,
+    slice_weight_gradient,
+};
 use lightering_graph::{
     BinaryOp, DType, DifferentiateOptions, EIGHT_BIT_BLOCK, EIGHT_BIT_LEN, Graph, Node, Op, ReduceOp, Tensor,
     TensorType, TrainOp, UnaryOp, UpdateRule, ValueId, ValueKind, differentiate,
@@ -49,10 +52,32 @@ pub struct StepOptions {
     pub clip: Option<f32>,
     /// Statistics of batches are computed and tracked, or the trained ones are kept.
     pub batch_norm: BatchNormMode,
+    /// Batch normalisations, by name of their node, that do otherwise.
+    pub batch_norm_of: HashMap<String, BatchNormMode>,
     /// Which parameters change; all if not given.
     pub scheme: Option<HashMap<String, Change>>,
     /// Other derivatives.
     pub differentiate: DifferentiateOptions,
+    /// Every parameter changes as soon as its gradient is there, so that no two gradients are kept (PockEngine). Clipping
+    /// needs all of them first, whatever this says.
+    pub early_apply: bool,
+}
+
+impl StepOptions {
+    /// All parameters change, statistics of batches are tracked, nothing is clipped.
+    pub fn new(loss: Loss, rule: UpdateRule) -> StepOptions {
+        StepOptions {
+            loss,
+            rule,
+            decay_matrices_only: false,
+            clip: None,
+            batch_norm: BatchNormMode::Train,
+            batch_norm_of: HashMap::new(),
+            scheme: None,
+            differentiate: DifferentiateOptions::default(),
+            early_apply: true,
+        }
+    }
 }
 
 /// A training step and what to call its parts.
@@ -115,12 +140,13 @@ fn stored_form(graph: &Graph, value: ValueId) -> ValueId {
     at
 }
 
-fn is_float_constant(graph: &Graph, value: ValueId) -> bool {
+pub(crate) fn is_float_constant(graph: &Graph, value: ValueId) -> bool {
     let v = graph.value(value);
     matches!(v.kind, ValueKind::Constant(_)) && v.ty.tensor().is_some_and(|t| t.dtype == DType::F32)
 }
 
-fn is_learnt(graph: &Graph, node: &Node, operand: usize, value: ValueId) -> bool {
+/// Whether an operand is a weight by the meaning of its operator.
+pub(crate) fn is_learnt(graph: &Graph, node: &Node, operand: usize, value: ValueId) -> bool {
     match &node.op {
         Op::Conv(_) | Op::ConvTranspose(_) | Op::Gemm(_) => operand == 1 || operand == 2,
         Op::MatMul(_) => operand <= 2,
@@ -176,28 +202,30 @@ pub fn build_step(
 ) -> Result<Step, TrainError> {
     let mut train = model.clone();
     separate_copies(&mut train);
-    BatchNormForTraining { mode: options.batch_norm }.run(&mut train)?;
-    let learnt: HashSet<ValueId> = trainable_parameters(&train).into_iter().collect();
-    let names: HashMap<ValueId, String> = learnt.iter().map(|&v| (v, train.value(v).name.clone())).collect();
-    if let Some(scheme) = &options.scheme {
-        let known: HashSet<&String> = names.values().collect();
-        if let Some(missing) = scheme.keys().find(|name| !known.contains(name)) {
-            return Err(TrainError::invalid(
-                "update scheme",
-                format!("{missing:?} is no parameter of the model"),
-                "names that `lighter inspect --weights` lists",
-            ));
-        }
+    let learnt = trainable_parameters(&train);
+    let names: HashSet<String> = learnt.iter().map(|&v| train.value(v).name.clone()).collect();
+    if let Some(scheme) = &options.scheme
+        && let Some(missing) = scheme.keys().find(|name| !names.contains(*name))
+    {
+        return Err(TrainError::invalid(
+            "update scheme",
+            format!("{missing:?} is no parameter of the model"),
+            "names that `lighter inspect --weights` lists",
+        ));
     }
-    let wanted = |name: &str| options.scheme.as_ref().is_none_or(|s| s.contains_key(name));
-    for (&v, name) in &names {
+    for v in learnt {
         let value = train.value_mut(v);
-        if wanted(name)
-            && let ValueKind::Constant(constant) = &value.kind
-        {
+        let wanted = options.scheme.as_ref().is_none_or(|s| s.contains_key(&value.name));
+        if wanted && let ValueKind::Constant(constant) = &value.kind {
             value.kind = ValueKind::State(Some(constant.clone()));
         }
     }
+    let mode_of = |node: &str| options.batch_norm_of.get(node).copied().unwrap_or(options.batch_norm);
+    BatchNormForTraining { mode: BatchNormMode::Train }
+        .run_on(&mut train, |node| mode_of(node) == BatchNormMode::Train)?;
+    // What neither learns nor tracks is part of the layer before it.
+    BatchNormFusion { evaluate }.run(&mut train)?;
+    BatchNormForTraining { mode: BatchNormMode::Frozen }.run(&mut train)?;
     Pipeline::before_differentiation(evaluate).run(&mut train)?;
     train.infer()?;
     let inference = inference_of(&train);
@@ -228,13 +256,13 @@ pub fn build_step(
         .values
         .iter()
         .enumerate()
-        .filter(|(_, v)| matches!(v.kind, ValueKind::State(_)) && names.values().any(|n| *n == v.name))
+        .filter(|(_, v)| matches!(v.kind, ValueKind::State(_)) && names.contains(&v.name))
         .map(|(i, _)| ValueId(i as u32))
         .collect();
     let statistics = graph
         .values
         .iter()
-        .filter(|v| matches!(v.kind, ValueKind::State(_)) && !names.values().any(|n| *n == v.name))
+        .filter(|v| matches!(v.kind, ValueKind::State(_)) && !names.contains(&v.name))
         .map(|v| v.name.clone())
         .collect();
     let gradients = differentiate(&mut graph, loss, &parameters, &options.differentiate)?;
@@ -310,7 +338,13 @@ pub fn build_step(
     let inputs = train.inputs.iter().map(|v| train.value(*v).name.clone()).collect();
     graph.infer()?;
     graph.verify()?;
-    Pipeline::after_differentiation(evaluate).run(&mut graph)?;
+    keep_signs(&mut graph, loss);
+    graph.infer()?;
+    let mut pipeline = Pipeline::after_differentiation(evaluate);
+    if !options.early_apply {
+        pipeline = pipeline.without(PlaceUpdates.name());
+    }
+    pipeline.run(&mut graph)?;
     graph.compact();
     graph.infer()?;
     graph.verify()?;
@@ -391,6 +425,9 @@ fn slice_gradient(
     }
     let list: Vec<i64> = channels.iter().map(|&c| c as i64).collect();
     let list = graph.add_constant(format!("channels/{name}"), Tensor::from_slice(&[list.len()], &list));
+    if slice_weight_gradient(graph, *gradient, axis, list, channels.len())? {
+        return Ok(list);
+    }
     let op = Op::Gather { axis: axis as i64 };
     *gradient = graph.add_node(format!("slice/{name}"), op, &[*gradient, list], 1)[0];
     graph.infer()?;

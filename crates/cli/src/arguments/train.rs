@@ -88,6 +88,25 @@ pub struct LearningArguments {
     /// Largest norm of all gradients together
     #[arg(long, value_name = "NORM")]
     pub clip: Option<f32>,
+    /// What learns: full, last:K, bias, bias:K, head, norm, sparse:auto, sparse:preset, sparse:FILE.json, mobiletl:K or
+    /// mobiletl:auto [default: full; for tune the richest that fits the memory]
+    #[arg(long, value_name = "METHOD")]
+    pub method: Option<String>,
+    /// Measure by short runs what sparse:auto chooses from, instead of foreseeing it from gradients
+    #[arg(long)]
+    pub search: bool,
+    /// Write the scheme that sparse:auto found into this file
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
+    pub write_scheme: Option<PathBuf>,
+    /// Derivative of activations inside of the blocks of mobiletl: gt0, relu6-exact, hs-1.5 or exact
+    #[arg(long, value_name = "MASK", default_value = "gt0")]
+    pub act_mask: String,
+    /// Squeeze and excitation inside of the blocks of mobiletl
+    #[arg(long, value_name = "WHAT", default_value = "train", value_parser = ["train", "freeze"])]
+    pub se: String,
+    /// Set by `lighter tune`.
+    #[arg(skip)]
+    pub tune: bool,
     /// Keep the statistics of batch normalisations as they are
     #[arg(long)]
     pub freeze_statistics: bool,

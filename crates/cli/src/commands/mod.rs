@@ -54,6 +54,7 @@ pub fn run(arguments: Arguments) -> Outcome {
             bench::run(&arguments, output)
         }
         Command::Train(arguments) => train::run(&arguments, output),
+        Command::Tune(arguments) => train::tune(arguments, output),
         Command::Generate(arguments) => generate::run(&arguments, output),
         Command::Perplexity(arguments) => perplexity::run(&arguments, output),
         Command::Chat(arguments) => chat::run(&arguments, output),

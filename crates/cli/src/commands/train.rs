@@ -1,6 +1,7 @@
 //! `lighter train`
 
 mod language;
+mod method;
 mod watch;
 
 use crate::arguments::TrainArguments;
@@ -15,12 +16,14 @@ use lightering_graph::passes::BatchNormMode;
 use lightering_graph::{Graph, TensorType};
 use lightering_meter::{MemoryPool, Reservation, process};
 use lightering_tier::ByteSource;
+use lightering_train::scheme::StepSummary;
 use lightering_train::{
     Architecture, Augmentation, Change, Epoch, FitOptions, LABEL, Loader, LoaderOptions, Loss, Mixing,
     Normalise, OpenOptions, Optimizer, Schedule, Split, StepOptions, Trainer, Vocabulary, export_onnx, fit,
     open,
 };
 use lightering_units::{Bytes, Seconds};
+use method::Maker;
 use serde::Serialize;
 use std::collections::HashMap;
 use std::fmt::Write as _;
@@ -69,7 +72,8 @@ impl Meant {
         let schedule = match &learning.lr {
             Some(text) => text.parse()?,
             None => {
-                let rate = usual_rate.unwrap_or(optimizer.usual_rate);
+                let share = if learning.tune { TUNE_RATE } else { 1.0 };
+                let rate = share * usual_rate.unwrap_or(optimizer.usual_rate);
                 format!("cosine:{rate},warmup=5%").parse()?
             }
         };
@@ -87,6 +91,16 @@ impl Meant {
             mixing: samples.mix.as_deref().map(str::parse).transpose()?,
         })
     }
+}
+
+/// What `lighter tune` does with the usual learning rate.
+const TUNE_RATE: f32 = 0.3;
+
+/// `lighter tune`
+pub fn tune(mut arguments: TrainArguments, output: Output) -> Outcome {
+    arguments.learning.tune = true;
+    arguments.learning.freeze_statistics = true;
+    run(&arguments, output)
 }
 
 /// A model and what it learns from, whatever kind of model it is.
@@ -167,23 +181,38 @@ pub fn run(arguments: &TrainArguments, output: Output) -> Outcome {
     let mut loader = Loader::new(split.train.clone(), loader_options.clone(), &pool)?;
     let label = label_type(&loader, batch)?;
     let step_options = StepOptions {
-        loss: meant.loss,
-        rule: meant.optimizer.rule,
         decay_matrices_only: language,
         // Language models are trained so everywhere.
         clip: learning.clip.or(language.then_some(1.0)),
         batch_norm: if learning.freeze_statistics { BatchNormMode::Frozen } else { BatchNormMode::Train },
         scheme,
-        differentiate: lightering_graph::DifferentiateOptions::default(),
+        ..StepOptions::new(meant.loss, meant.optimizer.rule)
     };
     let evaluator = lightering_engine::Evaluator::new(MemoryPool::unbounded(), sources.clone());
-    let step = lightering_train::build_step(&graph, &label, &evaluator, &step_options)?;
+    let maker = Maker {
+        arguments,
+        graph: &graph,
+        label: &label,
+        evaluator: &evaluator,
+        sources: &sources,
+        options: &step_options,
+        means,
+        held: crate::model::held_beside(means, pool.used()),
+        split: &split,
+        loader: &loader_options,
+        schedule: &meant.schedule,
+    };
+    let (step, notes) = maker.make(output)?;
+    if !output.quiet {
+        notes.iter().for_each(|note| eprintln!("{note}"));
+    }
+    if arguments.plan {
+        let summaries = maker.compared(&step)?;
+        return plan_only(arguments, &step, &summaries, means, maker.held, output);
+    }
     drop(graph);
     let parameters = step.parameters.len();
     let held = crate::model::held_beside(means, pool.used());
-    if arguments.plan {
-        return plan_only(arguments, &step, means, held, output);
-    }
     let rule = meant.optimizer.rule;
     let start = |plan: &PlanOptions| {
         let plan = PlanOptions { spill: arguments.spill.clone(), ..plan.clone() };
@@ -332,6 +361,7 @@ fn open_data(arguments: &TrainArguments, model: Option<&Model>, pool: &MemoryPoo
 fn plan_only(
     arguments: &TrainArguments,
     step: &lightering_train::Step,
+    (summary, full): &(StepSummary, StepSummary),
     means: Means<'_>,
     held: Bytes,
     output: Output,
@@ -345,8 +375,18 @@ fn plan_only(
         Ok(plan)
     })?;
     draw(arguments, &plan)?;
-    output.result(&plan, &plan.to_string())?;
+    let report = PlanReport { plan: &plan, step: summary, all_parameters: full };
+    output.result(&report, &format!("{plan}\n{}", method::text_of(summary, full)))?;
     Ok(Exit::Done)
+}
+
+/// `--plan --json`
+#[derive(Serialize)]
+struct PlanReport<'a> {
+    #[serde(flatten)]
+    plan: &'a lightering_engine::Plan,
+    step: &'a StepSummary,
+    all_parameters: &'a StepSummary,
 }
 
 fn draw(arguments: &TrainArguments, plan: &lightering_engine::Plan) -> Outcome<()> {

@@ -86,6 +86,9 @@ pub enum GradientRule {
     /// The identity where the rule holds for the operand, of which only one bit per element is kept for the backward
     /// pass (MobileTL, Chiang et al., 2023).
     Mask(MaskRule),
+    /// The identity where the result lies above zero, else zero: the sign of the result is all that is needed, and
+    /// where another gradient keeps the result anyway nothing is kept for this one.
+    Positive,
 }
 
 /// Names ([`Op::name`]) of the operators that pass a gradient on.
@@ -333,6 +336,7 @@ fn surrogate(b: &mut Backward<'_>, node: &Node, dy: &[Option<ValueId>], rule: Gr
             let x = b.cast_like(x, dy)?;
             b.train(clip, &[x, dy])?
         }
+        GradientRule::Positive => b.train(TrainOp::UnaryGrad(UnaryOp::Relu), &[node.out(), dy])?,
         GradientRule::Mask(rule) => {
             let bits = b.sign_mask(rule, x)?;
             b.train(TrainOp::MaskGrad, &[bits, dy])?

@@ -58,6 +58,18 @@ fn normalise(
         }
         return Ok(());
     }
+    if batch.is_none() && !needs_scale && !b.wants(mean) {
+        // Given statistics make it an affine function, whose operand need not be kept.
+        let zero = b.zeros_like(statistics[0])?;
+        let mut inputs = vec![Some(dy), Some(zero), Some(statistics[1])];
+        inputs.extend(n.input(scale).map(Some));
+        let dx = b.emit_with(Op::Train(Box::new(TrainOp::Normalise { axis, epsilon })), inputs)?;
+        if b.wants(bias) {
+            let db = b.train(TrainOp::ChannelSum { axis }, &[dy])?;
+            b.give(bias, db)?;
+        }
+        return b.give(0, dx);
+    }
     let mut inputs = vec![Some(x), Some(dy), Some(statistics[0]), Some(statistics[1])];
     if let Some(scale) = n.input(scale) {
         inputs.push(Some(scale));

@@ -25,9 +25,19 @@ impl Pass for BatchNormForTraining {
     }
 
     fn run(&self, graph: &mut Graph) -> Result<usize, GraphError> {
+        self.run_on(graph, |_| true)
+    }
+}
+
+impl BatchNormForTraining {
+    /// [`run`](Pass::run) on the nodes with the names that `these` picks.
+    ///
+    /// # Errors
+    /// As [`run`](Pass::run).
+    pub fn run_on(&self, graph: &mut Graph, these: impl Fn(&str) -> bool) -> Result<usize, GraphError> {
         let ids: Vec<NodeId> = graph
             .iter_nodes()
-            .filter(|(_, n)| matches!(n.op, Op::BatchNorm { .. }))
+            .filter(|(_, n)| matches!(n.op, Op::BatchNorm { .. }) && these(&n.name))
             .map(|(id, _)| id)
             .collect();
         if self.mode == BatchNormMode::Train {

@@ -11,6 +11,7 @@ mod layout;
 mod pipeline;
 mod place_updates;
 mod recompute;
+mod saved_tensors;
 mod simplify;
 #[cfg(test)]
 pub(crate) mod testing;
@@ -27,6 +28,7 @@ pub use layout::LayoutChoice;
 pub use pipeline::{PassReport, Pipeline, run_all};
 pub use place_updates::PlaceUpdates;
 pub use recompute::ForwardPass;
+pub use saved_tensors::{keep_signs, slice_weight_gradient};
 pub use simplify::Simplify;
 
 use crate::{Graph, GraphError, Node, StoredTensor, Tensor, TensorType};

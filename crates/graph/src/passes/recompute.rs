@@ -28,16 +28,32 @@ impl ForwardPass {
     pub fn of(graph: &Graph, loss: ValueId) -> ForwardPass {
         let mut needed = vec![false; graph.values.len()];
         needed[loss.index()] = true;
-        let mut nodes: Vec<NodeId> = Vec::new();
-        for (id, node) in graph.iter_nodes().rev() {
+        for (_, node) in graph.iter_nodes().rev() {
             if node.outputs.iter().flatten().any(|v| needed[v.index()]) {
-                nodes.push(id);
                 for v in node.inputs.iter().flatten() {
                     needed[v.index()] = true;
                 }
             }
         }
-        nodes.reverse();
+        // What is prepared on the way for the backward pass (signs, slices of channels) belongs to the forward pass.
+        let mut made_here = vec![false; graph.values.len()];
+        let mut nodes: Vec<NodeId> = Vec::new();
+        let mut before_loss = true;
+        for (id, node) in graph.iter_nodes() {
+            let prepares = before_loss
+                && node.op.updated_states() == 0
+                && node.inputs.iter().flatten().any(|v| made_here[v.index()])
+                && node.inputs.iter().flatten().all(|v| {
+                    made_here[v.index()] || !matches!(graph.value(*v).kind, ValueKind::Output { .. })
+                });
+            if prepares || node.outputs.iter().flatten().any(|v| needed[v.index()]) {
+                nodes.push(id);
+                for v in node.outputs.iter().flatten() {
+                    made_here[v.index()] = true;
+                    before_loss &= *v != loss;
+                }
+            }
+        }
         let n = graph.values.len();
         let mut pass = ForwardPass {
             bytes: vec![0; n],
