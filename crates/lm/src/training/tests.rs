@@ -1,8 +1,7 @@
 use std::sync::Arc;
 
 use lightering_engine::{Evaluator, ExpertOptions, PlanOptions, RuntimeValue, interpret};
-use lightering_graph::passes::BatchNormMode;
-use lightering_graph::{CacheFormat, DType, DifferentiateOptions, Tensor, TensorType, UpdateRule};
+use lightering_graph::{CacheFormat, DType, Tensor, TensorType, UpdateRule};
 use lightering_kernels::ThreadPool;
 use lightering_meter::{MachineProfile, MemoryPool};
 use lightering_tier::ByteSource;
@@ -108,13 +107,10 @@ fn rule() -> UpdateRule {
 fn trainer(model: &TrainingModel, made: &TrainingGraph, batch: usize) -> Trainer {
     let label = TensorType::fixed(DType::I64, &[batch, TIME]);
     let options = StepOptions {
-        loss: "crossentropy".parse::<Loss>().unwrap(),
-        rule: rule(),
         decay_matrices_only: true,
         clip: Some(1.0),
-        batch_norm: BatchNormMode::Train,
         scheme: Some(made.scheme.clone()),
-        differentiate: DifferentiateOptions::default(),
+        ..StepOptions::new("crossentropy".parse::<Loss>().unwrap(), rule())
     };
     let evaluator = Evaluator::new(MemoryPool::unbounded(), made.sources.clone());
     let step = build_step(&made.graph, &label, &evaluator, &options).unwrap();
