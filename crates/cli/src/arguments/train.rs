@@ -89,7 +89,8 @@ pub struct LearningArguments {
     #[arg(long, value_name = "NORM")]
     pub clip: Option<f32>,
     /// What learns: full, last:K, bias, bias:K, head, norm, sparse:auto, sparse:preset, sparse:FILE.json, mobiletl:K or
-    /// mobiletl:auto [default: full; for tune the richest that fits the memory]
+    /// mobiletl:auto; of a language model full, last:K (layers) or lora, such as
+    /// lora:rank=8,alpha=16,matrices=attention,layers=4 [default: full; for tune the richest that fits the memory]
     #[arg(long, value_name = "METHOD")]
     pub method: Option<String>,
     /// Measure by short runs what sparse:auto chooses from, instead of foreseeing it from gradients
@@ -119,10 +120,6 @@ pub struct LearningArguments {
 #[derive(Clone, Debug, Args)]
 #[command(next_help_heading = "Language models")]
 pub struct LanguageArguments {
-    /// What of a language model changes: full, last:K (layers), or lora, such as
-    /// lora:rank=8,alpha=16,matrices=attention,layers=4
-    #[arg(long, value_name = "NAME", default_value = "full")]
-    pub method: String,
     /// Tokens of a new model's vocabulary, which is learned from the text
     #[arg(long, value_name = "N", default_value = "2048", value_parser = clap::value_parser!(u32).range(258..=65536))]
     pub vocabulary_size: u32,

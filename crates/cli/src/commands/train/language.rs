@@ -39,7 +39,7 @@ pub(super) fn is_one(model: &str) -> bool {
 /// Reads the text and the model, or thinks one up.
 pub(super) fn prepare(arguments: &TrainArguments, pool: &MemoryPool) -> Outcome<Prepared> {
     let (learning, words) = (&arguments.learning, &arguments.language);
-    let method: Method = words.method.parse()?;
+    let method: Method = arguments.learning.method.as_deref().unwrap_or("full").parse()?;
     let text = read_text(Some(&arguments.data), MAX_TEXT_BYTES as u64)?;
     let context = arguments.samples.context as usize;
     let (model, tokenizer, fresh) = if arguments.model.starts_with("lm:") {

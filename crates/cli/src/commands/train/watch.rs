@@ -30,9 +30,9 @@ fn settings(arguments: &TrainArguments) -> BTreeMap<String, serde_json::Value> {
         ("batch".to_owned(), learning.batch.into()),
         ("augment".to_owned(), text(arguments.samples.augment.as_deref().unwrap_or(""))),
         ("mix".to_owned(), text(arguments.samples.mix.as_deref().unwrap_or(""))),
+        ("method".to_owned(), text(learning.method.as_deref().unwrap_or("full"))),
     ]);
     if super::language::is_one(&arguments.model) {
-        settings.insert("method".to_owned(), text(&arguments.language.method));
         settings.insert("context".to_owned(), arguments.samples.context.into());
     }
     settings
