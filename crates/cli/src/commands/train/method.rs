@@ -78,15 +78,12 @@ impl Maker<'_> {
     /// The step of the method that was asked for, or of the richest that fits; and what to tell about it.
     pub fn make(&self, output: Output) -> Outcome<(Step, Vec<String>)> {
         let learning = &self.arguments.learning;
-        let asked: Option<Scheme> = learning.method.as_deref().map(str::parse).transpose()?;
         let mut notes = Vec::new();
+        // Of a language model the method has already been understood.
         if self.options.scheme.is_some() {
-            if asked.is_some() {
-                let what = "what of a language model learns is said by flags of its own";
-                return Err(Failure::input(what, "no --method for a language model"));
-            }
             return Ok((self.step(self.options)?, notes));
         }
+        let asked: Option<Scheme> = learning.method.as_deref().map(str::parse).transpose()?;
         let mut scheme = match asked {
             Some(scheme) => scheme,
             None if !learning.tune || self.peak(&Updates::default())?.is_some() => Scheme::Full,
