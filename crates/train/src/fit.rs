@@ -9,7 +9,7 @@ use lightering_units::Seconds;
 use serde::{Deserialize, Serialize};
 
 use crate::trainer::{Prediction, Trainer};
-use crate::{Dataset, LABEL, Loader, LoaderOptions, Schedule, TrainError};
+use crate::{Batch, Dataset, LABEL, Loader, LoaderOptions, Schedule, TrainError};
 
 /// How long and how fast.
 #[derive(Clone, Debug)]
@@ -113,6 +113,13 @@ impl RightAnswers {
         }
     }
 
+    /// Adds the samples of a batch that count, if it has labels.
+    pub(crate) fn add_batch(&mut self, prediction: &Prediction<'_>, batch: &Batch) {
+        if let Some(label) = batch.tensor(LABEL) {
+            self.add(prediction, label, batch.samples());
+        }
+    }
+
     /// The share; `None` when nothing was classified.
     pub fn share(self) -> Option<f64> {
         (self.rows > 0).then(|| self.right as f64 / self.rows as f64)
@@ -130,19 +137,71 @@ pub fn evaluate(
     batch: usize,
     pool: &MemoryPool,
 ) -> Result<(f64, Option<f64>), TrainError> {
+    evaluate_with(data, batch, pool, &mut |batch, fetch| {
+        Ok(trainer.evaluate(batch.tensors(), |prediction| fetch(prediction))?.loss)
+    })
+}
+
+/// As [`evaluate`], with whatever computes the loss of a batch and hands its predictions on.
+pub(crate) fn evaluate_with(
+    data: Arc<dyn Dataset>,
+    batch: usize,
+    pool: &MemoryPool,
+    loss_of: &mut dyn FnMut(&Batch, &mut dyn FnMut(&Prediction<'_>)) -> Result<f32, TrainError>,
+) -> Result<(f64, Option<f64>), TrainError> {
     let mut loader = Loader::new(data, LoaderOptions::evaluation(batch), pool)?;
     let (mut loss, mut samples, mut right) = (0.0, 0usize, RightAnswers::default());
     while let Some(batch) = loader.next_batch()? {
-        let label = batch.tensor(LABEL);
-        let report = trainer.evaluate(batch.tensors(), |prediction| {
-            if let Some(label) = label {
-                right.add(prediction, label, batch.samples());
-            }
-        })?;
-        loss += f64::from(report.loss) * batch.samples() as f64;
+        let of_batch = loss_of(&batch, &mut |prediction| right.add_batch(prediction, &batch))?;
+        loss += f64::from(of_batch) * batch.samples() as f64;
         samples += batch.samples();
     }
     Ok((loss / samples.max(1) as f64, right.share()))
+}
+
+/// What an epoch has come to so far.
+pub(crate) struct EpochSums {
+    losses: f64,
+    count: u64,
+    pub right: RightAnswers,
+    started: Instant,
+}
+
+impl EpochSums {
+    pub fn start() -> EpochSums {
+        EpochSums { losses: 0.0, count: 0, right: RightAnswers::default(), started: Instant::now() }
+    }
+
+    /// Adds the loss of a step.
+    pub fn add(&mut self, loss: f32) {
+        self.losses += f64::from(loss);
+        self.count += 1;
+    }
+
+    /// Since the start.
+    pub fn seconds(&self) -> Seconds {
+        Seconds(self.started.elapsed().as_secs_f64())
+    }
+
+    /// The epoch, which took `seconds`; the next one starts.
+    pub fn end(
+        &mut self,
+        epoch: u64,
+        step: u64,
+        seconds: Seconds,
+        (validation_loss, validation_accuracy): (f64, Option<f64>),
+    ) -> Epoch {
+        let sums = std::mem::replace(self, EpochSums::start());
+        Epoch {
+            epoch,
+            step,
+            loss: sums.losses / sums.count.max(1) as f64,
+            accuracy: sums.right.share(),
+            validation_loss,
+            validation_accuracy,
+            seconds,
+        }
+    }
 }
 
 /// Trains from where `loader` stands; tells `on` what happens and stops when it says so. Returns the epochs that ended.
@@ -161,41 +220,26 @@ pub fn fit(
     let per_epoch = loader.batches_per_epoch();
     let total = options.steps.unwrap_or(u64::MAX).min(options.epochs * per_epoch);
     let mut epochs = Vec::new();
-    let (mut losses, mut count, mut right) = (0.0, 0u64, RightAnswers::default());
-    let mut started = Instant::now();
+    let mut sums = EpochSums::start();
     while trainer.steps() < total {
         let Some(samples) = loader.next_batch()? else { break };
         let position = samples.position();
         let rate = options.schedule.rate_at(trainer.steps(), total);
-        let label = samples.tensor(LABEL);
-        let report = trainer.step(samples.tensors(), rate, |prediction| {
-            if let Some(label) = label {
-                right.add(prediction, label, samples.samples());
-            }
-        })?;
+        let report =
+            trainer.step(samples.tensors(), rate, |prediction| sums.right.add_batch(prediction, &samples))?;
         drop(samples);
         let step = trainer.steps();
         if !report.loss.is_finite() {
             return Err(TrainError::Diverged { step, loss: report.loss, rate });
         }
-        losses += f64::from(report.loss);
-        count += 1;
+        sums.add(report.loss);
         let seconds = report.run.seconds;
         let event = Event::Step { step, total, epoch: position.epoch, loss: report.loss, rate, seconds };
         let mut control = on(trainer, &event)?;
         if position.batch + 1 == per_epoch || step == total || control == Control::Stop {
-            let seconds = Seconds(started.elapsed().as_secs_f64());
-            let (validation_loss, validation_accuracy) = evaluate(trainer, validation.clone(), batch, pool)?;
-            let epoch = Epoch {
-                epoch: position.epoch,
-                step,
-                loss: losses / count.max(1) as f64,
-                accuracy: right.share(),
-                validation_loss,
-                validation_accuracy,
-                seconds,
-            };
-            (losses, count, right, started) = (0.0, 0, RightAnswers::default(), Instant::now());
+            let seconds = sums.seconds();
+            let validated = evaluate(trainer, validation.clone(), batch, pool)?;
+            let epoch = sums.end(position.epoch, step, seconds, validated);
             epochs.push(epoch.clone());
             if on(trainer, &Event::Epoch(epoch))? == Control::Stop {
                 control = Control::Stop;

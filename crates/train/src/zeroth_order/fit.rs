@@ -7,8 +7,8 @@ use lightering_meter::MemoryPool;
 use lightering_units::Seconds;
 
 use super::{ZoReport, ZoTrainer};
-use crate::fit::{Control, Epoch, Event, FitOptions, RightAnswers};
-use crate::{Dataset, LABEL, Loader, LoaderOptions, TrainError};
+use crate::fit::{Control, Epoch, EpochSums, Event, FitOptions, evaluate_with};
+use crate::{Dataset, Loader, TrainError};
 
 /// Mean loss and share of right answers over a whole data set, at the parameters themselves.
 ///
@@ -20,19 +20,7 @@ pub(crate) fn evaluate(
     batch: usize,
     pool: &MemoryPool,
 ) -> Result<(f64, Option<f64>), TrainError> {
-    let mut loader = Loader::new(data, LoaderOptions::evaluation(batch), pool)?;
-    let (mut loss, mut samples, mut right) = (0.0, 0usize, RightAnswers::default());
-    while let Some(batch) = loader.next_batch()? {
-        let label = batch.tensor(LABEL);
-        let of_batch = trainer.evaluate(batch.tensors(), &mut |prediction| {
-            if let Some(label) = label {
-                right.add(prediction, label, batch.samples());
-            }
-        })?;
-        loss += f64::from(of_batch) * batch.samples() as f64;
-        samples += batch.samples();
-    }
-    Ok((loss / samples.max(1) as f64, right.share()))
+    evaluate_with(data, batch, pool, &mut |batch, fetch| trainer.evaluate(batch.tensors(), fetch))
 }
 
 impl ZoTrainer {
@@ -69,42 +57,27 @@ pub fn fit_zeroth_order(
     let per_epoch = loader.batches_per_epoch();
     let total = options.steps.unwrap_or(u64::MAX).min(options.epochs * per_epoch);
     let mut epochs = Vec::new();
-    let (mut losses, mut count, mut right) = (0.0, 0u64, RightAnswers::default());
-    let mut started = Instant::now();
+    let mut sums = EpochSums::start();
     while trainer.state().step < total {
         let Some(samples) = loader.next_batch()? else { break };
         let position = samples.position();
         let rate = options.schedule.rate_at(trainer.state().step, total);
-        let label = samples.tensor(LABEL);
         let began = Instant::now();
-        let report = trainer.step(samples.tensors(), rate, &mut |prediction| {
-            if let Some(label) = label {
-                right.add(prediction, label, samples.samples());
-            }
-        })?;
+        let report = trainer
+            .step(samples.tensors(), rate, &mut |prediction| sums.right.add_batch(prediction, &samples))?;
         let seconds = Seconds(began.elapsed().as_secs_f64());
         drop(samples);
         logged(&report)?;
         if report.step.gradient.is_some() {
-            losses += f64::from(report.loss());
-            count += 1;
+            sums.add(report.loss());
         }
         let step = trainer.state().step;
         let (loss, rate) = (report.loss(), report.step.rate);
         let mut control = on(&Event::Step { step, total, epoch: position.epoch, loss, rate, seconds })?;
         if position.batch + 1 == per_epoch || step == total || control == Control::Stop {
-            let seconds = Seconds(started.elapsed().as_secs_f64());
-            let (validation_loss, validation_accuracy) = evaluate(trainer, validation.clone(), batch, pool)?;
-            let epoch = Epoch {
-                epoch: position.epoch,
-                step,
-                loss: losses / count.max(1) as f64,
-                accuracy: right.share(),
-                validation_loss,
-                validation_accuracy,
-                seconds,
-            };
-            (losses, count, right, started) = (0.0, 0, RightAnswers::default(), Instant::now());
+            let seconds = sums.seconds();
+            let validated = evaluate(trainer, validation.clone(), batch, pool)?;
+            let epoch = sums.end(position.epoch, step, seconds, validated);
             epochs.push(epoch.clone());
             if on(&Event::Epoch(epoch))? == Control::Stop {
                 control = Control::Stop;
