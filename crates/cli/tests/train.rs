@@ -89,7 +89,7 @@ fn a_network_learns_and_the_written_model_runs() {
 #[test]
 fn a_budget_changes_no_loss() {
     let folder = tempfile::tempdir().unwrap();
-    bars(folder.path(), 64);
+    bars(folder.path(), 128);
     let data = folder.path().to_str().unwrap();
     let out = folder.path().join("o.onnx");
     let spill = folder.path().to_str().unwrap();
@@ -102,7 +102,7 @@ fn a_budget_changes_no_loss() {
             "--steps",
             "3",
             "--batch",
-            "32",
+            "128",
             "--json",
             "-o",
             out.to_str().unwrap(),
