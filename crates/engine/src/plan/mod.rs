@@ -300,15 +300,47 @@ pub(crate) fn plan(mut program: Program, options: &PlanOptions) -> Result<Layout
             experts::set_slots(&mut program, experts::SLOTS_MIN);
         }
     }
+    let mut streamings = vec![(program, Vec::new())];
     if options.spill.is_some() {
         // A little room for fragmentation, which the live bytes do not show.
         let room = limit.saturating_sub(limit / SPILL_ROOM);
-        decisions.extend(spill::spill(&mut program, room, &rates));
-        decisions.extend(spill::stream_states(&mut program, room, &rates));
+        let (mut plain, _) = streamings.remove(0);
+        // Between forward and backward pass activations wait long; where there is none, parameters do.
+        let states_first = order::perturbs(&plain);
+        if !states_first {
+            decisions.extend(spill::spill(&mut plain, room, &rates));
+        }
+        for how in &spill::STREAMINGS {
+            let mut program = plain.clone();
+            let mut more = spill::stream_states(&mut program, room, how, &rates);
+            let none = more.is_empty();
+            if states_first {
+                more.extend(spill::spill(&mut program, room, &rates));
+            }
+            streamings.push((program, more));
+            if none {
+                break;
+            }
+        }
     }
-    let found =
-        fit(&program, budget, &rates).or_else(|shortage| shortage.look_further(&program, budget, &rates));
-    let Fitting { program, assignment, decisions: more, outside } = found?;
+    let mut best: Option<(f64, Fitting)> = None;
+    for (i, (program, streamed)) in streamings.iter().enumerate() {
+        let fitted = fit(program, budget, &rates);
+        let mut fitting = match fitted {
+            Ok(fitting) => fitting,
+            // The first one needs least; where it does not fit, none does.
+            Err(shortage) if i == 0 => shortage.look_further(program, budget, &rates)?,
+            Err(_) => continue,
+        };
+        fitting.decisions.splice(0..0, streamed.iter().cloned());
+        let seconds = predict::timeline(&fitting.program, &fitting.assignment, &rates).total;
+        if best.as_ref().is_none_or(|(s, _)| seconds < *s) {
+            best = Some((seconds, fitting));
+        }
+    }
+    let Some((_, Fitting { program, assignment, decisions: more, outside })) = best else {
+        return Err(EngineError::Internal("no way to keep states was looked at".to_owned()));
+    };
     decisions.extend(more);
     Ok(finish(program, assignment, decisions, options, outside, &rates))
 }

@@ -4,6 +4,7 @@ use std::collections::HashMap;
 
 use super::assign::activation_requests;
 use super::offsets::max_live;
+use crate::kernel::{Kernel, TrainKernel};
 use crate::program::{BufferKind, Instruction, Program, Storage};
 
 fn peak(program: &Program) -> usize {
@@ -11,8 +12,21 @@ fn peak(program: &Program) -> usize {
     max_live(&requests)
 }
 
+/// Whether a program is a step from forward passes alone, which visits one parameter after the other.
+pub(crate) fn perturbs(program: &Program) -> bool {
+    let perturb =
+        |kernel: &Kernel| matches!(kernel, Kernel::Train(k) if matches!(**k, TrainKernel::Perturb { .. }));
+    program.instructions.iter().any(|i| perturb(&i.kernel))
+}
+
 /// Reorders the instructions if that lowers the peak of the activations; returns the bytes saved.
+///
+/// Instructions that perturb parameters stay where they are: they add nothing to what is alive, so that all of them would
+/// come first, and a parameter would have to stay in memory from the beginning to its use.
 pub(crate) fn improve(program: &mut Program) -> Option<usize> {
+    if perturbs(program) {
+        return None;
+    }
     let before = peak(program);
     let order = greedy(program)?;
     let instructions: Vec<_> = order.iter().map(|&i| program.instructions[i].clone()).collect();

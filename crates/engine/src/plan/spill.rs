@@ -203,9 +203,34 @@ fn insert_writing(program: &mut Program, spill: usize, before: usize, written: u
     program.instructions.insert(written + 1, end);
 }
 
+/// How states are streamed: the more room is kept free for reading ahead, the later a write is waited for.
+pub(super) struct Streaming {
+    /// States of the largest size that there is to be room for besides what is in use.
+    ahead: usize,
+    /// Instructions at most between the last use of a state and the wait until it is on the disk.
+    distance: usize,
+}
+
+/// From the least memory to the most overlap.
+pub(super) const STREAMINGS: [Streaming; 4] = [
+    Streaming { ahead: 0, distance: 0 },
+    Streaming { ahead: 1, distance: 2 },
+    Streaming { ahead: 2, distance: 8 },
+    Streaming { ahead: 3, distance: usize::MAX },
+];
+
 /// Gives states a home on the disk until no instruction needs more than `limit` bytes: each is read before its first use
 /// of a run and, if that changes it, written after the last.
-pub(super) fn stream_states(program: &mut Program, limit: usize, rates: &Rates) -> Vec<Decision> {
+///
+/// A state that is being written takes its place until it is on the disk. In a program that computes for a shorter time
+/// than the disk writes, waiting for as long as the disk needs would keep all of them in memory to the end; so the wait
+/// comes right behind the last use, and later only as far as there is room.
+pub(super) fn stream_states(
+    program: &mut Program,
+    limit: usize,
+    how: &Streaming,
+    rates: &Rates,
+) -> Vec<Decision> {
     let n = program.instructions.len();
     let mut spans: Vec<(usize, usize, usize)> = Vec::new();
     for (state, info) in program.states.iter().enumerate() {
@@ -225,6 +250,12 @@ pub(super) fn stream_states(program: &mut Program, limit: usize, rates: &Rates) 
             spans.push((state, buffer, last - first));
         }
     }
+    let largest = spans.iter().map(|&(_, buffer, _)| program.buffers[buffer].size).max().unwrap_or(0);
+    let least = minimal_live(program).into_iter().max().unwrap_or(0);
+    if least <= limit {
+        return Vec::new();
+    }
+    let limit = limit.saturating_sub(how.ahead * largest);
     // Large ones that are needed for a short time help most for what they cost.
     spans.sort_by_key(|&(_, buffer, span)| std::cmp::Reverse(program.buffers[buffer].size / (span + 1)));
     let (mut count, mut bytes) = (0, 0);
@@ -234,11 +265,12 @@ pub(super) fn stream_states(program: &mut Program, limit: usize, rates: &Rates) 
         }
         count += 1;
         bytes += program.buffers[buffer].size;
-        stream_state(program, state, buffer, rates);
+        stream_state(program, state, buffer);
     }
     if count == 0 {
         return Vec::new();
     }
+    wait_later(program, limit, how.distance, rates);
     vec![Decision {
         technique: "states on the disk".to_owned(),
         what: format!("{count} parameters and moments"),
@@ -248,7 +280,53 @@ pub(super) fn stream_states(program: &mut Program, limit: usize, rates: &Rates) 
     }]
 }
 
-fn stream_state(program: &mut Program, state: usize, buffer: usize, rates: &Rates) {
+/// Moves the waits for states that are being written away from their last uses: up to where the disk is done, and as long
+/// as their places are not needed.
+fn wait_later(program: &mut Program, limit: usize, distance: usize, rates: &Rates) {
+    let mut live = minimal_live(program);
+    let (mut now, mut writer_free) = (0.0f64, 0.0f64);
+    let mut i = 0;
+    // Where each wait stood, so that one that was moved on is not moved again.
+    let mut settled = vec![false; program.spills.len()];
+    let mut done = vec![0.0f64; program.spills.len()];
+    while i < program.instructions.len() {
+        let instruction = program.instructions[i].clone();
+        match instruction.kernel {
+            Kernel::SpillStart(spill) if program.spills[spill].state.is_some() => {
+                let size = program.weights[program.spills[spill].weight].size;
+                writer_free = writer_free.max(now) + rates.writing(size);
+                done[spill] = writer_free;
+            }
+            Kernel::SpillEnd(spill) if program.spills[spill].state.is_some() && !settled[spill] => {
+                settled[spill] = true;
+                let size = program.weights[program.spills[spill].weight].size;
+                let (mut end, mut then) = (i, now);
+                while end + 1 < program.instructions.len()
+                    && end - i < distance
+                    && then < done[spill]
+                    && live[end + 1] + size <= limit
+                {
+                    end += 1;
+                    let passed = &program.instructions[end];
+                    then += rates.cost(&passed.kernel, &passed.cost);
+                }
+                if end > i {
+                    program.instructions[i..=end].rotate_left(1);
+                    live[i..=end].rotate_left(1);
+                    live[i..end].iter_mut().for_each(|l| *l += size);
+                    live[end] = live[end - 1];
+                    // The instruction that now stands here has not been looked at.
+                    continue;
+                }
+            }
+            _ => {}
+        }
+        now += rates.cost(&instruction.kernel, &instruction.cost);
+        i += 1;
+    }
+}
+
+fn stream_state(program: &mut Program, state: usize, buffer: usize) {
     let tensor = program.states[state].tensor;
     let (size, weight) = (program.buffers[buffer].size, program.weights.len());
     let stored = StoredTensor {
@@ -264,9 +342,11 @@ fn stream_state(program: &mut Program, state: usize, buffer: usize, rates: &Rate
         spilled: true,
     });
     let in_buffer = |storage: &Storage| matches!(storage, Storage::Buffer { buffer: b, .. } if *b == buffer);
-    let writes =
-        |i: &Instruction| i.outputs.iter().flatten().any(|o| in_buffer(&program.tensors[o.tensor].storage));
+    let holds = |o: &Operand| in_buffer(&program.tensors[o.tensor].storage);
+    let writes = |i: &Instruction| i.outputs.iter().flatten().any(holds);
+    let uses = |i: &Instruction| i.inputs.iter().chain(&i.outputs).flatten().any(holds);
     let last_write = program.instructions.iter().rposition(|i| writes(i));
+    let last_use = program.instructions.iter().rposition(|i| uses(i));
     for tensor in &mut program.tensors {
         if in_buffer(&tensor.storage) {
             Arc::make_mut(tensor).storage = Storage::Weight(weight);
@@ -275,14 +355,7 @@ fn stream_state(program: &mut Program, state: usize, buffer: usize, rates: &Rate
     program.buffers[buffer].size = 0;
     let spill = program.spills.len();
     program.spills.push(Spill { tensor, weight, state: Some(state) });
-    if let Some(last) = last_write {
-        let mut written = last + 1;
-        let mut left = rates.writing(size);
-        while written < program.instructions.len() && left > 0.0 {
-            let i = &program.instructions[written];
-            left -= rates.cost(&i.kernel, &i.cost);
-            written += 1;
-        }
-        insert_writing(program, spill, last, written);
+    if let (Some(write), Some(last)) = (last_write, last_use) {
+        insert_writing(program, spill, write, last + 1);
     }
 }

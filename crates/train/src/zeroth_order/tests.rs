@@ -2,6 +2,7 @@ use lightering_engine::{Evaluator, PlanOptions};
 use lightering_graph::{BinaryOp, MatMulAttributes, Tensor, UnaryOp};
 use lightering_kernels::ThreadPool;
 use lightering_meter::{MachineProfile, MemoryPool};
+use lightering_units::Bytes;
 
 use super::*;
 use crate::{Random, StateReader};
@@ -25,10 +26,11 @@ fn model(seed: u64, tied: bool, layers: usize, hidden: usize) -> Graph {
     let mut h = g.add_node("rows", Op::Gather { axis: 0 }, &[table, x], 1)[0];
     let matmul = || Op::MatMul(MatMulAttributes::default());
     let add = || Op::Binary(BinaryOp::Add);
+    let scale = if hidden < 100 { 0.1 } else { 0.01 };
     for i in 0..layers {
-        let up = g.add_constant(format!("up{i}"), weights(&mut r, &[WIDTH, hidden], 0.1));
-        let bias = g.add_constant(format!("bias{i}"), weights(&mut r, &[hidden], 0.1));
-        let down = g.add_constant(format!("down{i}"), weights(&mut r, &[hidden, WIDTH], 0.1));
+        let up = g.add_constant(format!("up{i}"), weights(&mut r, &[WIDTH, hidden], scale));
+        let bias = g.add_constant(format!("bias{i}"), weights(&mut r, &[hidden], scale));
+        let down = g.add_constant(format!("down{i}"), weights(&mut r, &[hidden, WIDTH], scale));
         let a = g.add_node(format!("up{i}/node"), matmul(), &[h, up], 1)[0];
         let a = g.add_node(format!("bias{i}/node"), add(), &[a, bias], 1)[0];
         let a = g.add_node(format!("relu{i}"), Op::Unary(UnaryOp::Relu), &[a], 1)[0];
@@ -64,21 +66,30 @@ fn trainer(step: &ZoStep, options: &PlanOptions, seed: u64) -> ZoTrainer {
     ZoTrainer::new(step, Vec::new(), options, seed, false).unwrap()
 }
 
-fn batch(seed: u64) -> [(&'static str, Tensor); 2] {
+type Batch = Vec<(String, Tensor)>;
+
+fn batch(seed: u64) -> Batch {
     let mut r = Random::new(seed);
     let tokens: Vec<i64> = (0..24).map(|_| r.below(CLASSES) as i64).collect();
     let labels: Vec<i64> = tokens.iter().map(|t| (t + 3) % CLASSES as i64).collect();
-    [("tokens", Tensor::from_slice(&[4, 6], &tokens)), (LABEL, Tensor::from_slice(&[4, 6], &labels))]
+    let tensor = |values: &[i64]| Tensor::from_slice(&[4, 6], values);
+    vec![("tokens".to_owned(), tensor(&tokens)), (LABEL.to_owned(), tensor(&labels))]
+}
+
+fn step_with(trainer: &mut ZoTrainer, batch: &Batch, rate: f32) -> ZoReport {
+    trainer.step(batch.iter().map(|(n, t)| (n.as_str(), t)), rate, &mut |_| {}).unwrap()
 }
 
 fn step(trainer: &mut ZoTrainer, seed: u64, rate: f32) -> ZoReport {
-    let batch = batch(seed);
-    trainer.step(batch.iter().map(|(n, t)| (*n, t)), rate, &mut |_| {}).unwrap()
+    step_with(trainer, &batch(seed), rate)
+}
+
+fn loss_of(trainer: &mut ZoTrainer, batch: &Batch) -> f32 {
+    trainer.evaluate(batch.iter().map(|(n, t)| (n.as_str(), t)), &mut |_| {}).unwrap()
 }
 
 fn loss(trainer: &mut ZoTrainer) -> f32 {
-    let batch = batch(500);
-    trainer.evaluate(batch.iter().map(|(n, t)| (*n, t)), &mut |_| {}).unwrap()
+    loss_of(trainer, &batch(500))
 }
 
 fn states(trainer: &ZoTrainer) -> Vec<(String, Vec<u8>)> {
@@ -93,14 +104,20 @@ fn states(trainer: &ZoTrainer) -> Vec<(String, Vec<u8>)> {
 }
 
 /// Every loss, every projected gradient, and the weights after `steps` steps.
-fn course(trainer: &mut ZoTrainer, steps: u64) -> (Vec<[u32; 3]>, Vec<(String, Vec<u8>)>) {
+fn course(
+    trainer: &mut ZoTrainer,
+    steps: u64,
+    rate: f32,
+    batch: &dyn Fn(u64) -> Batch,
+) -> (Vec<[u32; 3]>, Vec<(String, Vec<u8>)>) {
     let mut seen = Vec::new();
     for i in 0..steps {
-        let report = step(trainer, i, 1e-4);
+        let report = step_with(trainer, &batch(i), rate);
         let g = report.step.gradient.unwrap();
         seen.push([report.losses[0], report.losses[1], g].map(f32::to_bits));
         if i == steps / 2 {
-            loss(trainer);
+            let loss = loss_of(trainer, &batch(500));
+            seen.push([loss.to_bits(), 0, 0]);
         }
     }
     trainer.flush().unwrap();
@@ -114,12 +131,93 @@ fn one_visit_per_step_has_the_bits_of_plain_mezo() {
         let g = model(seed, tied, layers, hidden);
         let settings = ZoSettings { decay: 0.01, ..ZoSettings::default() };
         let plain = step_of(&g, ZoSettings { plain: true, ..settings });
-        let expected = course(&mut trainer(&plain, &options(1), 7), 12);
-        let found = course(&mut trainer(&step_of(&g, settings), &options(2), 7), 12);
+        let expected = course(&mut trainer(&plain, &options(1), 7), 12, 1e-4, &batch);
+        let found = course(&mut trainer(&step_of(&g, settings), &options(2), 7), 12, 1e-4, &batch);
         assert_eq!(found.0, expected.0, "model {seed}");
         assert_eq!(found.1.len(), 1 + layers * 3 + usize::from(!tied));
         assert!(found.1 == expected.1, "model {seed}");
     }
+}
+
+/// What is too large for `budget` waits in `folder`.
+fn streamed(budget: u64, folder: &tempfile::TempDir) -> PlanOptions {
+    PlanOptions {
+        budget: Some(Bytes(budget)),
+        spill: Some(folder.path().to_owned()),
+        direct_reads: true,
+        ..options(2)
+    }
+}
+
+/// Steps of `g` with its blocks in memory one after the other have the bits of plain MeZO, and each streamed byte is read
+/// once and written once per step; returns the bytes of the streamed parameters and the plan's peak.
+fn streams(
+    g: &Graph,
+    dual: &ZoStep,
+    plain: &ZoStep,
+    budget: u64,
+    batch: &dyn Fn(u64) -> Batch,
+) -> (u64, u64) {
+    let expected = course(&mut trainer(plain, &options(1), 5), 6, 1e-7, batch);
+    let folder = tempfile::tempdir().unwrap();
+    let mut found = trainer(dual, &streamed(budget, &folder), 5);
+    let peak = found.plan().predicted_peak;
+    assert!(peak <= Bytes(budget), "{peak}");
+    let course = course(&mut found, 6, 1e-7, batch);
+    assert_eq!(course.0, expected.0, "{}", g.name);
+    assert!(course.1 == expected.1, "{}", g.name);
+    let block = found.plan().decisions.iter().find(|d| d.technique == "states on the disk");
+    let block = block.expect("states are on the disk").bytes.0;
+    let before = found.session().bytes_spilled();
+    let report = step_with(&mut found, &batch(7), 1e-4);
+    let (read, written) = (report.run.bytes_streamed.0, found.session().bytes_spilled().0 - before.0);
+    for moved in [read, written] {
+        assert!(moved.abs_diff(block) * 100 <= block, "{moved} bytes moved of {block}");
+    }
+    (block, peak.0)
+}
+
+#[test]
+fn blocks_are_read_and_written_once_a_step() {
+    let g = model(21, false, 8, 1024);
+    let dual = step_of(&g, ZoSettings::default());
+    let plain = step_of(&g, ZoSettings { plain: true, ..ZoSettings::default() });
+    let all: usize = dual.parameters.iter().map(|p| 4 * p.dims.iter().product::<usize>()).sum();
+    let (block, peak) = streams(&g, &dual, &plain, 1_300_000, &batch);
+    assert!(all > 3_000_000 && block > 2_000_000, "{block} of {all}");
+    assert!(peak < all as u64 / 2, "{peak}");
+}
+
+#[test]
+fn a_decoder_streams_its_blocks() {
+    let feature = |name: &str, dims: &[usize]| crate::Feature {
+        name: name.to_owned(),
+        dtype: DType::I64,
+        dims: dims.to_vec(),
+        normalisation: None,
+    };
+    let (input, label) = (feature("tokens", &[16]), feature(LABEL, &[16]));
+    let architecture: crate::Architecture = "gpt:layers=6,dim=128,heads=4".parse().unwrap();
+    let mut g = architecture.build(&input, &label, 64, Some(4), 3).unwrap();
+    g.infer().unwrap();
+    let ty = TensorType::fixed(DType::I64, &[4, 16]);
+    let loss = Loss::CrossEntropy { smoothing: 0.0, ignore: None };
+    let evaluator = Evaluator::new(MemoryPool::unbounded(), Vec::new());
+    let step = |plain| {
+        let settings = ZoSettings { plain, ..ZoSettings::default() };
+        build_zo_step(&g, &ty, loss, settings, &evaluator).unwrap()
+    };
+    let (dual, plain) = (step(false), step(true));
+    let name = dual.inputs[0].clone();
+    let tokens = |i: u64| {
+        let mut r = Random::new(i);
+        let tokens: Vec<i64> = (0..64).map(|_| r.below(64) as i64).collect();
+        let tensor = Tensor::from_slice(&[4, 16], &tokens);
+        vec![(name.clone(), tensor.clone()), (LABEL.to_owned(), tensor)]
+    };
+    let all: usize = dual.parameters.iter().map(|p| 4 * p.dims.iter().product::<usize>()).sum();
+    let (_, peak) = streams(&g, &dual, &plain, 2_500_000, &tokens);
+    assert!(peak < all as u64 * 6 / 10, "{peak} of {all}");
 }
 
 #[test]
